@@ -1,0 +1,1 @@
+"""Looking at models and at differences between them, without ever changing them."""

@@ -1,0 +1,1 @@
+"""The weight space: task vectors and what is done with them."""
