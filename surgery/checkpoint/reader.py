@@ -104,8 +104,9 @@ def open_checkpoint(spec: str | Path, *, allow_pickle: bool = False, revision: s
     if not path.exists() and "+" in str(spec):
         from surgery.checkpoint.adapter import AdaptedCheckpoint
 
-        base, _, adapter = str(spec).partition("+")
-        return AdaptedCheckpoint(open_checkpoint(base, allow_pickle=allow_pickle, revision=revision), locate(adapter))
+        base, _, adapter = str(spec).rpartition("+")
+        source = open_checkpoint(base, allow_pickle=allow_pickle, revision=revision)
+        return AdaptedCheckpoint(source, locate(adapter), allow_pickle=allow_pickle)
     path = locate(spec, revision=revision)
     if path.is_file():
         return _open_file(path, allow_pickle)
