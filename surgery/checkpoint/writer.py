@@ -167,6 +167,7 @@ class CheckpointWriter:
     def add_file(self, name: str, content: bytes | str | Path) -> None:
         """Puts a further file into the folder: bytes or text, or a copy of the file at a path."""
         with self._told():
+            (self.folder / name).parent.mkdir(exist_ok=True)
             if isinstance(content, Path):
                 shutil.copyfile(content, self.folder / name)
             else:
