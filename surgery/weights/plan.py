@@ -1,0 +1,418 @@
+"""What a merge will do, said before anything is read: which tensors come from where, what is written, what it needs.
+
+`plan(recipe)` looks at headers and configs only, without torch; `surgery merge --plan` prints it and stops, and
+`merge.py` carries it out. Every tensor of every input is merged, copied or reported: none is lost in silence.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from surgery import anatomy
+from surgery.checkpoint.header import TensorInfo, dtype_code
+from surgery.checkpoint.reader import Source, open_checkpoint
+from surgery.checkpoint.writer import check_target
+from surgery.errors import SurgeryError
+from surgery.weights.recipe import ModelRef, Recipe, Slice, relative_depth, resolve
+from surgery.weights.recipe.schema import Input
+from surgery.weights.recipe.signatures import Signature, signature_of
+
+SHOWN = 12
+"""How many tensor names a message lists before it says how many more there are."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of one input: `source` counts the plan's sources."""
+
+    source: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """How one tensor of the output is made: merged from `inputs` (and `base`), or copied from the only input."""
+
+    out: TensorInfo
+    inputs: tuple[Part, ...]
+    base: Part | None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the method, resolved for this tensor; empty for a copy."""
+    merge: bool = True
+    depth: float = 0.0
+    """Position of its layer in its slice, 0 to 1."""
+    double: bool = False
+    """Computed in float64, since an input is float64."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The base's part, if any, and all inputs'."""
+        return self.inputs if self.base is None else (self.base, *self.inputs)
+
+
+@dataclass
+class Plan:
+    """A merge ready to be carried out."""
+
+    recipe: Recipe
+    refs: list[ModelRef]
+    sources: list[Source]
+    jobs: list[Job]
+    template: int
+    """The source whose config and tokenizer the output carries."""
+    config_changes: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    """Tensors of inputs that are not in the output, each with the reason."""
+    vocabulary: Any = None
+    """A `surgery.weights.alignment.Aligned` when vocabularies are brought together."""
+
+    @property
+    def out_bytes(self) -> int:
+        """Bytes of weights that will be written."""
+        return sum(job.out.nbytes for job in self.jobs)
+
+    @property
+    def in_bytes(self) -> int:
+        """Bytes of weights that will be read (once)."""
+        return sum(self.sources[p.source].tensors[p.name].nbytes for job in self.jobs for p in job.parts)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the output."""
+        return sum(job.out.numel for job in self.jobs)
+
+    def memory(self, threads: int) -> int:
+        """An upper estimate of the anonymous memory in bytes, beside the interpreter's own 200 MB."""
+        from surgery.weights.streams_size import job_bytes
+
+        largest = sorted((job_bytes(self.recipe.method, job) for job in self.jobs if job.merge), reverse=True)
+        return sum(largest[:threads])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan for `--json`: inputs, counts, sizes, tensor lists."""
+        merged = [job.out.name for job in self.jobs if job.merge]
+        return {
+            "method": self.recipe.method,
+            "models": [str(ref) for ref in self.refs],
+            "base": str(self.recipe.base) if self.recipe.base else None,
+            "tensors": len(self.jobs),
+            "merged": len(merged),
+            "copied": [job.out.name for job in self.jobs if not job.merge],
+            "dropped": self.dropped,
+            "numbers": self.parameters,
+            "bytes_read": self.in_bytes,
+            "bytes_written": self.out_bytes,
+            "config_changes": self.config_changes,
+            "notes": self.notes,
+        }
+
+
+def plan(recipe: Recipe, *, out: str | Path | None = None, force: bool = False, allow_pickle: bool = False) -> Plan:
+    """The plan of `recipe`. Raises `SurgeryError` for everything that headers can tell is wrong, all tensors at once.
+
+    With `out`, also refuses an output that exists (unless `force`) or that is one of the inputs.
+    """
+    refs = recipe.models
+    sources = [open_checkpoint(ref.spec, allow_pickle=allow_pickle, revision=ref.revision) for ref in refs]
+    if out is not None:
+        check_output(Path(out), [Path(p) for ref in refs for p in (ref.path, ref.lora) if p], force=force)
+    return _Planner(recipe, refs, sources).plan()
+
+
+def check_output(out: Path, inputs: Iterable[Path], *, force: bool = False) -> None:
+    """Raises `SurgeryError` when `out` is one of the `inputs`, lies inside or around one, or exists without `force`."""
+    target = Path(os.path.realpath(out))
+    for path in inputs:
+        real = Path(os.path.realpath(path))
+        if target == real or target in real.parents or real in target.parents:
+            raise SurgeryError(f"The output {out} is the input {path}, or one holds the other.", hint="Name another.")
+    check_target(out, force=force)
+
+
+class _Planner:
+    """Builds a plan slice by slice; problems are gathered and told together."""
+
+    def __init__(self, recipe: Recipe, refs: list[ModelRef], sources: list[Source]) -> None:
+        self.recipe, self.refs, self.sources = recipe, refs, sources
+        self.signature: Signature = signature_of(recipe.method)
+        self.index = {ref.identity: i for i, ref in enumerate(refs)}
+        self.plan_ = Plan(recipe, refs, sources, [], 0, notes=list(recipe.notes))
+        self.missing: dict[str, list[str]] = {}
+        self.mismatched: list[str] = []
+
+    def plan(self) -> Plan:
+        recipe, plan = self.recipe, self.plan_
+        template = recipe.base or recipe.slices[0].inputs[0].model
+        plan.template = self.index[template.identity]
+        self.plan_.sources = self.sources = self._untied(self.sources)
+        if recipe.tokenizer is not None or self._vocabularies_differ():
+            from surgery.weights.alignment import align_sources
+
+            self.plan_.vocabulary = align_sources(recipe, self.refs, self.sources, plan.template)
+            self.plan_.sources = self.sources = self.plan_.vocabulary.sources
+            plan.config_changes |= self.plan_.vocabulary.config_changes
+            plan.notes += self.plan_.vocabulary.notes
+        jobs: dict[str, Job] = {}
+        for module in recipe.modules.values():
+            if all(piece.depth is None for piece in module.slices):
+                found = list(self._whole(module.slices[0]))
+            else:
+                found = list(self._stacked(module.slices))
+            jobs |= {job.out.name: job for job in found}
+        self._tell()
+        if not any(job.merge for job in jobs.values()):
+            raise SurgeryError("The models share no tensor that could be merged.", hint="Are they one architecture?")
+        plan.jobs = [jobs[name] for name in sorted(jobs)]
+        self._account()
+        return plan
+
+    # ---- which tensors ---------------------------------------------------------------------------------------------
+
+    def _whole(self, piece: Slice) -> Iterator[Job]:
+        """Jobs for the tensors of whole models, by name."""
+        members = ([piece.base] if piece.base else []) + piece.inputs
+        names = list(dict.fromkeys(n for m in members for n in self._source(m).tensors))
+        if len(members) > 1 and not set.intersection(*(set(self._source(m).tensors) for m in members)):
+            raise SurgeryError(
+                "The models share no tensor: " + ", ".join(str(m.model) for m in members) + ".",
+                hint="A merge needs models of one architecture.",
+            )
+        depth = anatomy.stacks(names)
+        for name in names:
+            stack, layer = anatomy.stack_of(name), anatomy.layer_of(name)
+            t = 0.0 if stack is None or layer is None else relative_depth(layer, depth[stack])
+            yield from self._job(name, piece, [name] * len(piece.inputs), name, t)
+
+    def _stacked(self, slices: list[Slice]) -> Iterator[Job]:
+        """Jobs for a stack of slices: layers are renumbered; what is before the layers comes from the first slice,
+        what is behind them from the last."""
+        depth = 0
+        for piece in slices:
+            if piece.depth is None:
+                raise SurgeryError("A slice names no layers.", hint="Give every source of every slice a layer range.")
+            for item in ([piece.base] if piece.base else []) + piece.inputs:
+                layers = anatomy.num_layers(self._source(item).tensors)
+                if item.layers is not None and item.layers[1] > layers:
+                    raise SurgeryError(f"{item.model} has {layers} layers; a slice takes {list(item.layers)}.")
+            first = piece.inputs[0]
+            stack = anatomy.main_stack(self._source(first).tensors)
+            for name in self._source(first).tensors:
+                layer = anatomy.layer_of(name)
+                if layer is None or anatomy.stack_of(name) != stack:
+                    continue
+                assert first.layers is not None
+                place = layer - first.layers[0]
+                if 0 <= place < piece.depth:
+                    names = [anatomy.with_layer(name, i.layers[0] + place) if i.layers else name for i in piece.inputs]
+                    base = piece.base
+                    base_name = anatomy.with_layer(name, base.layers[0] + place) if base and base.layers else name
+                    out = anatomy.with_layer(name, depth + place)
+                    yield from self._job(out, piece, names, base_name, relative_depth(place, piece.depth))
+            depth += piece.depth
+        first_piece, last_piece = slices[0], slices[-1]
+        for piece, behind in ((first_piece, False), (last_piece, True)):
+            members = self._source(piece.inputs[0]).tensors
+            stack = anatomy.main_stack(members)
+            for name in members:
+                if anatomy.stack_of(name) == stack and anatomy.layer_of(name) is not None:
+                    continue
+                if (anatomy.kind_of(name) in ("norm", "head")) == behind:
+                    yield from self._job(name, piece, [name] * len(piece.inputs), name, 0.0)
+        if depth != anatomy.num_layers(self.sources[self.plan_.template].tensors):
+            self.plan_.config_changes |= _layer_count(self.sources[self.plan_.template].config, depth)
+
+    def _job(self, out: str, piece: Slice, names: list[str], base_name: str, t: float) -> Iterator[Job]:
+        """The job of one output tensor; nothing when it is missing somewhere (which is noted)."""
+        recipe = self.recipe
+        parts = [Part(self._number(i), n) for i, n in zip(piece.inputs, names, strict=True)]
+        base = Part(self._number(piece.base), base_name) if piece.base else None
+        has = [p for p in parts if p.name in self.sources[p.source].tensors]
+        if base is not None and base.name not in self.sources[base.source].tensors:
+            self.missing.setdefault(str(self.refs[base.source]), []).append(base.name)
+            if recipe.missing == "error":
+                return
+            base = None
+            if self.signature.needs_base is True:  # nothing to take a difference from: the first input's own
+                yield self._copy(out, has[0])
+                return
+        if not recipe.merges(out):
+            source = base or (has[0] if has else None)
+            if source is not None:
+                yield self._copy(out, source)
+            return
+        used = list(range(len(parts)))
+        if len(has) < len(parts):
+            for p in parts:
+                if p not in has:
+                    self.missing.setdefault(str(self.refs[p.source]), []).append(p.name)
+            if recipe.missing == "error":
+                return
+            if recipe.missing == "base" and base is not None:
+                parts = [p if p in has else base for p in parts]
+            else:
+                used = [i for i, p in enumerate(parts) if p in has]
+        infos = [self._info(parts[i]) for i in used] + ([self._info(base)] if base else [])
+        if not used:
+            if base is not None:
+                yield self._copy(out, base)
+            return
+        lead = infos[-1] if base else infos[0]
+        if any(info.shape != lead.shape for info in infos):
+            shapes = ", ".join(f"{self.refs[parts[i].source]} {list(self._info(parts[i]).shape)}" for i in used)
+            told = f" (base {list(lead.shape)})" if base else ""
+            self.mismatched.append(f"{out}: {shapes}{told}")
+            return
+        floats = [info.is_float for info in infos]
+        if not all(floats):
+            if any(floats):
+                self.mismatched.append(f"{out}: whole numbers in one model, fractions in another")
+                return
+            yield Job(replace(lead, name=out), tuple(parts[i] for i in used), base, merge=False)
+            return
+        given = resolve(recipe, self.signature.parameters, piece, out, t, names)
+        parameters: dict[str, Any] = {
+            word: [value[i] for i in used] if isinstance(value, list) else value for word, value in given.items()
+        }
+        code = lead.dtype if recipe.out_dtype == "base" else dtype_code(recipe.out_dtype)
+        double = recipe.dtype == "float64" or any(info.dtype == "F64" for info in infos)
+        yield Job(
+            TensorInfo(out, code, lead.shape),
+            tuple(parts[i] for i in used),
+            base,
+            parameters,
+            depth=t,
+            double=double,
+        )
+
+    def _copy(self, out: str, part: Part) -> Job:
+        info = self._info(part)
+        code = info.dtype if self.recipe.out_dtype == "base" or not info.is_float else dtype_code(self.recipe.out_dtype)
+        return Job(TensorInfo(out, code, info.shape), (part,), None, merge=False)
+
+    # ---- heads and vocabularies ------------------------------------------------------------------------------------
+
+    def _untied(self, sources: list[Source]) -> list[Source]:
+        """Gives every input a head of its own when some input has one, and none when all are tied."""
+        heads = [_own_head(source) for source in sources]
+        if not any(heads):
+            return [_Renamed(s, {}, drop=_stored_head(s)) if _stored_head(s) else s for s in sources]
+        name = next(h for h in heads if h)
+        out, materialised = [], []
+        for ref, source, head in zip(self.refs, sources, heads, strict=True):
+            embedding = anatomy.input_embedding(source.tensors)
+            if head or embedding is None or not _tied(source):
+                out.append(source)
+            else:
+                out.append(_Renamed(source, {name: embedding}))
+                materialised.append(str(ref))
+        if materialised:
+            self.plan_.config_changes["tie_word_embeddings"] = False
+            self.plan_.notes.append(
+                f"{', '.join(materialised)} ties its head to the embedding and other inputs do not: "
+                f"the output gets a head of its own ({name}), and tie_word_embeddings becomes false."
+            )
+        return out
+
+    def _vocabularies_differ(self) -> bool:
+        """Whether embeddings have different numbers of rows. Raises `SurgeryError`: the recipe must say what to do."""
+        rows = {}
+        for ref, source in zip(self.refs, self.sources, strict=True):
+            name = anatomy.input_embedding(source.tensors)
+            if name is not None:
+                rows[str(ref)] = source.tensors[name].rows
+        if len(set(rows.values())) > 1:
+            told = ", ".join(f"{ref} {count:,}" for ref, count in rows.items())
+            raise SurgeryError(
+                f"The vocabularies differ in size ({told} rows), and the recipe does not say what to do.",
+                hint="Add `vocab: base`, `union` or `intersection` (mergekit: tokenizer_source); "
+                "rows are then aligned by token string.",
+            )
+        return False
+
+    # ---- telling ---------------------------------------------------------------------------------------------------
+
+    def _tell(self) -> None:
+        """Raises one `SurgeryError` for all mismatched and missing tensors."""
+        problems = [f"shapes or types differ: {line}" for line in self.mismatched[:SHOWN]]
+        more = len(self.mismatched) - SHOWN
+        problems += [f"... and {more} more"] if more > 0 else []
+        for ref, names in self.missing.items():
+            told = f"{ref} lacks {len(names)} tensors: {_some(names)}"
+            if self.recipe.missing == "error":
+                problems.append(told)
+            else:
+                self.plan_.notes.append(told)
+        if problems:
+            hint = "Are these fine-tunings of one model?"
+            if self.missing and not self.mismatched:
+                hint += " To merge all the same: `missing: base` (no change there) or `missing: skip` (leave it out)."
+            raise SurgeryError("The models don't fit together:\n  " + "\n  ".join(problems), hint=hint)
+
+    def _account(self) -> None:
+        """Lists what is in no job, so that nothing is lost in silence."""
+        used = {(p.source, p.name) for job in self.plan_.jobs for p in job.parts}
+        for i, (ref, source) in enumerate(zip(self.refs, self.sources, strict=True)):
+            lost = [n for n in source.tensors if (i, n) not in used]
+            if lost and any(part[0] == i for part in used):
+                self.plan_.dropped.append(f"{ref}: {len(lost)} tensors are not used: {_some(lost)}")
+
+    def _source(self, item: Input) -> Source:
+        return self.sources[self._number(item)]
+
+    def _number(self, item: Input) -> int:
+        return self.index[item.model.identity]
+
+    def _info(self, part: Part) -> TensorInfo:
+        return self.sources[part.source].tensors[part.name]
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:SHOWN])
+    return shown + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def _layer_count(config: dict[str, Any], depth: int) -> dict[str, Any]:
+    """The change of config for another number of layers, whatever the family calls it."""
+    keys = [k for k in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if k in config]
+    changes: dict[str, Any] = dict.fromkeys(keys or ["num_hidden_layers"], depth)
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list) and kinds:  # sliding or full attention, by layer: repeat the pattern
+        changes["layer_types"] = (kinds * math.ceil(depth / len(kinds)))[:depth]
+    return changes
+
+
+def _tied(source: Source) -> bool:
+    """Whether the config ties head and embedding (also where a text model is nested)."""
+    config = source.config
+    inner = config.get("text_config")
+    default = inner.get("tie_word_embeddings", False) if isinstance(inner, dict) else False
+    return bool(config.get("tie_word_embeddings", default))
+
+
+def _stored_head(source: Source) -> str | None:
+    """A head that a tied checkpoint stores all the same; transformers ignores it on load, and so do we."""
+    return anatomy.output_head(source.tensors) if _tied(source) else None
+
+
+def _own_head(source: Source) -> str | None:
+    return None if _tied(source) else anatomy.output_head(source.tensors)
+
+
+class _Renamed:
+    """A source with some tensors under further names (`extra`: new name to old), or one left out."""
+
+    def __init__(self, source: Source, extra: dict[str, str], drop: str | None = None) -> None:
+        self._source, self._extra = source, extra
+        self.path, self.config = source.path, source.config
+        self.tensors = {n: info for n, info in source.tensors.items() if n != drop}
+        self.tensors |= {new: replace(source.tensors[old], name=new) for new, old in extra.items()}
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Any:
+        """As `Source.read`."""
+        return self._source.read(self._extra.get(name, name), start, stop)
