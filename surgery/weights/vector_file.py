@@ -1,0 +1,267 @@
+"""A task vector on disk: one safetensors file (a folder of shards when it is big) that says what it was taken from.
+
+The tensors are what the form keeps (formats.py), called `tensor` or `tensor:part`. `__metadata__` holds, as strings or
+JSON: `format_version`, `kind` ("task vector"), `form` and `options`, `definition` (the formula), `base` and `tuned`
+(name, digests of tensor names, config and tokenizer), `checksums` (xxh3_128 of every touched tensor of the base),
+`dtype_policy` and `tensors` (shape and what the form remembers of each).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.checkpoint import Checkpoint, CheckpointWriter, Source, TensorInfo, open_checkpoint, read_header
+from surgery.checkpoint.header import torch_dtype
+from surgery.checkpoint.reader import SINGLE
+from surgery.checkpoint.writer import check_target
+from surgery.errors import SurgeryError
+from surgery.registry import nearest
+from surgery.weights.expression import Difference, Expression
+from surgery.weights.formats import FORMS, Delta, Form, Kept, Note
+from surgery.weights.sources import Anchor, config_digest, tokenizer_digest
+from surgery.weights.streams import Workspace, in_parallel
+
+VERSION = 1
+EMPTY = ":nothing"
+"""The one tensor of a file that would have none: a safetensors file without tensors is refused by most readers."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What `save` did: sizes in bytes, time in seconds; `notes` is what the form remembers of every tensor."""
+
+    path: Path
+    form: str
+    nbytes: int
+    numbers: int
+    seconds: float
+    notes: dict[str, Note] = field(repr=False)
+
+    @property
+    def bytes_per_number(self) -> float:
+        return self.nbytes / max(1, self.numbers)
+
+
+def save(
+    expression: Expression,
+    out: str | Path,
+    form: str = "float32",
+    *,
+    threads: int = 2,
+    shard_size: int | str = "5GB",
+    force: bool = False,
+    **options: Any,
+) -> Saved:
+    """Writes a vector in two streamed passes: one for sizes and checksums, one for the numbers.
+
+    `out` ending in `.safetensors` becomes one file, anything else a folder. `options` are those of the form. Raises
+    `SurgeryError` when `out` exists, a number is not finite, or the form can't keep this vector.
+    """
+    began = time.perf_counter()
+    kind = FORMS.lookup(form)
+    try:
+        chosen = kind(**options)
+    except TypeError as error:
+        raise SurgeryError(f"The form {form} does not take these options: {error}.") from None
+    out = Path(out).expanduser()
+    check_target(out, force=force)
+    anchor = _anchor(expression)
+    notes: dict[str, Note] = {}
+    sums: dict[str, str] = {}
+
+    def measure(name: str, _: Workspace) -> None:
+        delta = Delta(expression, name, expression.shapes[name])
+        notes[name] = chosen.measure(delta)
+        if anchor is not None and (found := anchor.checksum(name)) is not None:
+            sums[name] = found
+
+    names = list(expression.shapes)
+    largest_first = sorted(names, key=lambda n: -Delta(expression, n, expression.shapes[n]).numel)
+    in_parallel(largest_first, measure, threads=threads)
+    notes = {name: notes[name] for name in names}  # in the order of the tensors, not of the threads
+    infos = [
+        TensorInfo(_part_name(name, part), dtype, shape)
+        for name, note in notes.items()
+        for part, (dtype, shape) in chosen.layout(expression.shapes[name], note).items()
+    ] or [TensorInfo(EMPTY, "U8", (1,))]
+    metadata = _metadata(expression, chosen, anchor, notes, {n: sums[n] for n in names if n in sums})
+    single = out.suffix == ".safetensors"
+    folder = out.parent / f".{out.name}.folder" if single else out
+    with CheckpointWriter(
+        folder, infos, metadata=metadata, force=force or single, shard_size=1 << 60 if single else shard_size
+    ) as writer:
+        for info in infos:
+            if info.nbytes == 0 or info.name == EMPTY:
+                writer.write(info.name, torch.zeros(info.shape, dtype=torch_dtype(info.dtype)))
+
+        def encode(name: str, _: Workspace) -> None:
+            delta = Delta(expression, name, expression.shapes[name])
+            for part, row, rows in chosen.encode(delta, notes[name]):
+                if rows.numel():
+                    writer.write(_part_name(name, part), rows, row)
+
+        in_parallel(largest_first, encode, threads=threads)
+    if single:
+        os.replace(folder / SINGLE, out)
+        folder.rmdir()
+    numbers = sum(Delta(expression, n, s).numel for n, s in expression.shapes.items())
+    return Saved(out, form, writer.nbytes, numbers, time.perf_counter() - began, notes)
+
+
+def _part_name(name: str, part: str) -> str:
+    return f"{name}:{part}" if part else name
+
+
+def _anchor(expression: Expression) -> Anchor | None:
+    """The one base of an expression; None when it has none. All bases are compared number by number."""
+    anchors = expression.anchors()
+    for other in anchors[1:]:
+        for name in expression.shapes:
+            mine, theirs = anchors[0].checksum(name), other.checksum(name)
+            if mine is not None and theirs is not None and mine != theirs:
+                raise SurgeryError(
+                    f"{expression} mixes differences from two different bases: tensor '{name}' differs between "
+                    f"{anchors[0].name} and {other.name}.",
+                    hint="If you mean it, add them as `a.unbound() + b.unbound()`.",
+                )
+    return anchors[0] if anchors else None
+
+
+def _metadata(
+    expression: Expression, form: Form, anchor: Anchor | None, notes: dict[str, Note], sums: dict[str, str]
+) -> dict[str, str]:
+    tensors = {
+        name: {"shape": list(expression.shapes[name])} | {k: v for k, v in note.items() if not k.startswith("_")}
+        for name, note in notes.items()
+    }
+    content: dict[str, Any] = {
+        "kind": "task vector",
+        "format_version": VERSION,
+        "form": form.name,
+        "options": form.options,
+        "definition": str(expression),
+        "base": None if anchor is None else _identity(anchor.name, anchor.header, anchor.source, anchor.about),
+        "tuned": None,
+        "checksums": sums,
+        "dtype_policy": "tuned - base in float32 (float64 if one of them is), rounded once on writing",
+        "tensors": tensors,
+    }
+    if isinstance(expression, Difference):
+        tuned = Anchor.of(expression.tuned)
+        content["tuned"] = _identity(tuned.name, tuned.header, tuned.source, {})
+    return {k: v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for k, v in content.items()}
+
+
+def _identity(name: str, header: str, source: Source | None, about: Mapping[str, Any]) -> dict[str, Any]:
+    if source is None:
+        return dict(about)
+    return {
+        "name": name,
+        "header": header,
+        "config": config_digest(source.config),
+        "tokenizer": tokenizer_digest(source.path),
+    }
+
+
+class VectorFile:
+    """A stored vector, opened: headers only."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.source = open_checkpoint(self.path)
+        assert isinstance(self.source, Checkpoint)
+        file = next(iter(self.source.tensors.values())).file
+        assert file is not None
+        self.metadata = read_header(file).metadata
+        if self.metadata.get("kind") != "task vector":
+            raise SurgeryError(
+                f"{self.path} is not a stored task vector.",
+                hint="Extract one with `surgery vector extract --base BASE --tuned TUNED -o OUT`.",
+            )
+        try:
+            version = json.loads(self.metadata["format_version"])
+            options = json.loads(self.metadata["options"])
+            self.base: dict[str, Any] | None = json.loads(self.metadata["base"])
+            self.checksums: dict[str, str] = json.loads(self.metadata["checksums"])
+            self.definition = self.metadata["definition"]
+            entries = json.loads(self.metadata["tensors"])
+            self.shapes = {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
+            self.notes: dict[str, Note] = entries
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise SurgeryError(f"{self.path} has broken metadata: {error!r}.", hint="Extract it again.") from None
+        if version != VERSION:
+            raise SurgeryError(f"{self.path} has format version {version}; this program reads {VERSION}.")
+        form = self.metadata.get("form", "")
+        if form not in FORMS:
+            raise SurgeryError(f"{self.path} has the unknown form '{form}'.", hint=nearest(form, FORMS))
+        try:
+            self.form = FORMS[form](**options)
+            layouts = {name: self.form.layout(shape, self.notes[name]) for name, shape in self.shapes.items()}
+        except (KeyError, ValueError, TypeError) as error:
+            raise SurgeryError(f"{self.path} has broken metadata: {error!r}.", hint="Extract it again.") from None
+        for name, parts in layouts.items():
+            for part, (dtype, shape) in parts.items():
+                info = self.source.tensors.get(_part_name(name, part))
+                if info is None or (info.dtype, info.shape) != (dtype, tuple(shape)):
+                    found = "is missing" if info is None else f"is {info.dtype} {list(info.shape)}"
+                    raise SurgeryError(
+                        f"{self.path}: '{_part_name(name, part)}' {found}, expected {dtype} {list(shape)}.",
+                        hint="The file is damaged: extract the vector again.",
+                    )
+
+    def part(self, name: str, part: str, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.source.read(_part_name(name, part), start, stop)
+
+
+@dataclass(frozen=True, eq=False)
+class Stored(Expression):
+    """A vector read from a file; `base` is needed by forms that keep the tuned model rather than the difference."""
+
+    file: VectorFile
+    base: Source | None = None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:  # type: ignore[override]
+        return self.file.shapes
+
+    def kept(self, name: str) -> Kept:
+        file = self.file
+        return Kept(name, file.shapes[name], file.notes[name], partial(file.part, name), self.base)
+
+    def flat(self, name: str, start: int, stop: int) -> Tensor:
+        numbers = self.file.form.decode(self.kept(name), start, stop)
+        if not bool(torch.isfinite(numbers.sum())):
+            self.refuse(name, numbers)
+        return numbers
+
+    def exact(self, name: str) -> str | None:
+        return self.file.notes[name]["dtype"] if self.file.form.name == "lossless" else None
+
+    def restored(self, name: str, start: int, stop: int, base: Tensor) -> Tensor:
+        return self.file.form.restore(self.kept(name), start, stop, base)  # type: ignore[attr-defined]
+
+    def bound(self, base: Source) -> Stored:
+        """The same vector with its base at hand."""
+        return Stored(self.file, base)
+
+    def anchors(self) -> tuple[Anchor, ...]:
+        about = self.file.base
+        if about is None:
+            return ()
+        return (Anchor(str(about.get("name")), str(about.get("header")), self.file.checksums, self.base, about),)
+
+    def key(self) -> Any:
+        return self.file.path.absolute(), None if self.base is None else self.base.path
+
+    def __str__(self) -> str:
+        return self.file.definition
