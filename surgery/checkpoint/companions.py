@@ -22,8 +22,8 @@ __all__ = ["Provenance", "fingerprint", "model_card", "output_config", "tensor_c
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "*.tiktoken",
-    "*.jinja", "additional_chat_templates/*.jinja", "chat_template.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
+    "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja", "chat_template.json",
 )  # fmt: skip
 OTHER_FILES = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",

@@ -163,6 +163,8 @@ def _is_size(value: Any) -> bool:
 
 def _entry(path: Path, name: str, value: Any, start: int) -> TensorInfo:
     """One tensor of a raw header; `start` is where the data begins in the file."""
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise SurgeryError(f"{path} has a tensor whose name is no text: {name!r}.")
     where = f"{path}: tensor '{name}'"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise SurgeryError(f"{where} needs exactly dtype, shape and data_offsets.")

@@ -26,12 +26,23 @@ class PickledCheckpoint:
             try:
                 state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
             except Exception as error:  # unpickling hostile or foreign files fails in many ways
-                raise SurgeryError(f"{file} can't be read as plain tensors: {error}") from error
+                why = (str(error).splitlines() or [type(error).__name__])[0]
+                raise SurgeryError(
+                    f"{file} can't be read as plain tensors: {why}",
+                    hint="Nothing in it was run. Save it as safetensors where you trust it.",
+                ) from error
             state = state.get("state_dict", state) if isinstance(state, dict) else state
             if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
                 raise SurgeryError(f"{file} is not a dictionary of tensors.")
-            self._state |= state
+            self._state |= {str(name): tensor for name, tensor in state.items()}
         codes = {getattr(torch, v): k for k, v in _TORCH_NAMES.items() if hasattr(torch, v)}
+        for name, tensor in self._state.items():
+            if tensor.dtype not in codes or tensor.layout != torch.strided:
+                raise SurgeryError(
+                    f"{path}: tensor '{name}' is {tensor.dtype}, {tensor.layout}; plain numbers are needed."
+                )
+        if not self._state:
+            raise SurgeryError(f"{path} holds no tensors.")
         self.tensors = {n: TensorInfo(n, codes[t.dtype], tuple(t.shape)) for n, t in self._state.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:

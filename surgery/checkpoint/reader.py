@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_JSON_BYTES = 100_000_000
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python's mmap has no name for it yet
 
 
 class Source(Protocol):
@@ -88,9 +90,14 @@ class Checkpoint:
         assert info.file is not None
         with self._lock:
             if info.file not in self._maps:
-                with open(info.file, "rb") as file:
-                    # A private mapping: torch wants writable memory, and the file must never be written.
-                    self._maps[info.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                # Private: torch wants writable memory, and the file must never be written. Unreserved: otherwise
+                # the system refuses files larger than its memory, though hardly any of it will ever be used.
+                flags, writable = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+                try:
+                    with open(info.file, "rb") as file:
+                        self._maps[info.file] = mmap.mmap(file.fileno(), 0, flags=flags, prot=writable)
+                except OSError as error:
+                    raise SurgeryError(f"{info.file} can't be read: {error.strerror}.") from error
             return self._maps[info.file]
 
 
@@ -100,8 +107,7 @@ def open_checkpoint(spec: str | Path, *, allow_pickle: bool = False, revision: s
     Headers are read and checked, tensors are not touched. `allow_pickle` admits `.bin` files (with torch's
     `weights_only=True`). Raises `SurgeryError` for whatever is not a whole, unquantised checkpoint.
     """
-    path = Path(spec).expanduser()
-    if not path.exists() and "+" in str(spec):
+    if "+" in str(spec) and _existing(spec) is None:
         from surgery.checkpoint.adapter import AdaptedCheckpoint
 
         base, _, adapter = str(spec).rpartition("+")
@@ -117,12 +123,12 @@ def open_checkpoint(spec: str | Path, *, allow_pickle: bool = False, revision: s
         tensors = _read_index(path, index)
     elif single.is_file():
         tensors = read_header(_inside(path, SINGLE)).tensors
-    elif sorted(path.glob("*.bin")):
-        return _open_pickled(path, config, allow_pickle)
     elif (path / "adapter_config.json").is_file():
         raise SurgeryError(f"{path} is a LoRA adapter, not a whole model.", hint=f"Name its base as well: BASE+{path}.")
     else:
         others = sorted(path.glob("*.safetensors"))
+        if not others and sorted(path.glob("*.bin")):
+            return _open_pickled(path, config, allow_pickle)
         if len(others) != 1:
             raise SurgeryError(
                 f"{path} is not a checkpoint: it holds neither {SINGLE} nor {INDEX}.",
@@ -134,8 +140,7 @@ def open_checkpoint(spec: str | Path, *, allow_pickle: bool = False, revision: s
 
 def locate(spec: str | Path, *, revision: str | None = None) -> Path:
     """The local path of `spec`; a name like `org/model` that is no path is fetched from the hub (or its cache)."""
-    path = Path(spec).expanduser()
-    if path.exists():
+    if (path := _existing(spec)) is not None:
         return path
     name = str(spec)
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
@@ -150,6 +155,15 @@ def locate(spec: str | Path, *, revision: str | None = None) -> Path:
             f"There is no folder '{spec}', and it can't be had from the hub ({type(error).__name__}).",
             hint="Check the spelling, or download it where there is a network and give the folder.",
         ) from error
+
+
+def _existing(spec: str | Path) -> Path | None:
+    """The path that `spec` names, or None when nothing is there (or nothing can be, by such a name)."""
+    try:
+        path = Path(spec).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):
+        return None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -170,12 +184,16 @@ def _inside(folder: Path, name: Any) -> Path:
     path = folder / str(name)
     if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
         raise SurgeryError(f"{folder}: the index names the file {name!r}, outside the folder.", hint="Do not trust it.")
-    real, home = path.resolve(), folder.resolve()
+    try:
+        real, home = path.resolve(), folder.resolve()
+        there = real.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a zero byte
+        raise SurgeryError(f"{folder}: there can be no file {name!r} ({error}).") from error
     if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
         home = home.parent.parent
     if not real.is_relative_to(home):
         raise SurgeryError(f"{path} is a link to {real}, outside the folder.", hint="Copy the file into the folder.")
-    if not real.is_file():
+    if not there:
         raise SurgeryError(f"{path} is missing.", hint="The download is not complete: fetch the folder again.")
     return path
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from surgery.checkpoint.header import ITEM_BYTES, TensorInfo, encode_header, torch_dtype
 from surgery.checkpoint.reader import INDEX, SINGLE
@@ -54,11 +55,15 @@ def shard(tensors: Iterable[TensorInfo], limit: int) -> list[list[TensorInfo]]:
 
 def check_target(out: Path, *, force: bool = False) -> None:
     """Raises `SurgeryError` when `out` exists without `force` to replace it, or when its parent can't hold it."""
-    if out.exists() and not force:
+    try:
+        exists = os.path.lexists(out)
+        parent = out.absolute().parent
+        while not parent.exists():
+            parent = parent.parent
+    except OSError as error:
+        raise SurgeryError(f"{str(out)[:200]} can't be written: {error.strerror}.") from error
+    if exists and not force:
         raise SurgeryError(f"{out} exists already.", hint="Choose another name, or pass --force to replace it.")
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise SurgeryError(f"{parent} can't be written to.", hint="Choose another place for the output.")
 
@@ -101,7 +106,10 @@ class CheckpointWriter:
             header, offsets = encode_header(infos, metadata)
             self._headers[file] = header, len(header) + sum(info.nbytes for info in infos)
             self._place |= {name: (file, offset) for name, offset in offsets.items()}
+        headers = hashlib.sha256(b"".join(header for header, _ in self._headers.values())).hexdigest()
+        self._identity = {"job": job, "headers": headers}
         self._fds: dict[str, int] = {}
+        self._journal: TextIO | None = None
         self._lock = threading.Lock()
 
     @property
@@ -119,6 +127,16 @@ class CheckpointWriter:
             except OSError:
                 os.close(self._guard)
                 raise SurgeryError(f"Another run is writing {self.out}.", hint="Wait for it, or stop it.") from None
+        try:
+            self._begin()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def _begin(self) -> None:
+        """Lays out the files, or takes up those of an unfinished run."""
+        with self._told():
             self._resume()
             missing = self.nbytes - sum(self._size(file) for file in self._headers)
             free = shutil.disk_usage(self.folder).free
@@ -133,10 +151,9 @@ class CheckpointWriter:
                 if not self.done:
                     os.ftruncate(fd, size)
                     os.pwrite(fd, header, 0)
-            self._journal = open(self.folder / JOURNAL, "a", encoding="utf-8")
+            self._journal = open(self.folder / JOURNAL, "a", encoding="utf-8")  # noqa: SIM115 (closed in _close)
             if not self.done:
-                self._note({"job": self._job})
-        return self
+                self._note(self._identity)
 
     def write(self, name: str, tensor: Tensor, start: int = 0) -> None:
         """Writes `tensor`, rows of `name` from row `start` on, already in its declared type. Thread safe."""
@@ -183,29 +200,35 @@ class CheckpointWriter:
             elif isinstance(error, SurgeryError) or self._job is None:
                 self._discard()  # the input is at fault: there is nothing to take up again
         finally:
-            for fd in self._fds.values():
-                os.close(fd)
+            self._close()
+
+    def _close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds = {}
+        if self._journal is not None:
             self._journal.close()
-            os.close(self._guard)
+        os.close(self._guard)
 
     def _complete(self) -> None:
-        unfinished = [name for name, rows in self._rows_left.items() if rows and name not in self.done]
+        unfinished = [name for name, rows in self._rows_left.items() if rows > 0 and name not in self.done]
         if unfinished:
             raise ValueError(f"{len(unfinished)} tensors were not written, the first is {unfinished[0]}")
         if len(self._shards) > 1:
             weight_map = {name: file for name, (file, _) in sorted(self._place.items())}
             total = sum(info.nbytes for info in self.tensors.values())
             self.add_file(INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
-        for name in (JOURNAL, "lock"):
-            (self.folder / name).unlink()
-        if self.out.exists():
+        check_target(self.out, force=self._force)  # again: it may have appeared in the meantime
+        (self.folder / JOURNAL).unlink()
+        if os.path.lexists(self.out):
             old = self.out.parent / f".{self.out.name}.replaced"
             shutil.rmtree(old, ignore_errors=True)
             os.rename(self.out, old)
             os.rename(self.folder, self.out)
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
         else:
             os.rename(self.folder, self.out)
+        (self.out / "lock").unlink()  # last: until here nobody else may take the hidden folder for theirs
 
     def _resume(self) -> None:
         """Reads the journal of an unfinished run of the same job; anything else in the folder is removed."""
@@ -214,9 +237,12 @@ class CheckpointWriter:
         except OSError:
             text = ""
         whole, _, torn = text.rpartition("\n")  # a kill may have torn the last line
-        lines = [json.loads(line) for line in whole.splitlines()]
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+        except ValueError:
+            lines = []
         sizes_fit = all(self._size(file) == size for file, (_, size) in self._headers.items())
-        if self._job is not None and lines and lines[0].get("job") == self._job and sizes_fit:
+        if self._job is not None and lines and lines[0] == self._identity and sizes_fit:
             self.done = {line["tensor"]: line["note"] for line in lines[1:] if line["tensor"] in self.tensors}
             if torn:
                 (self.folder / JOURNAL).write_text(whole + "\n", encoding="utf-8")
@@ -227,6 +253,7 @@ class CheckpointWriter:
 
     def _note(self, line: dict[str, Any]) -> None:
         with self._told():
+            assert self._journal is not None
             self._journal.write(json.dumps(line) + "\n")
             self._journal.flush()
 
