@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from surgery.registry import Registry
-from surgery.weights.methods.linear import divisor, weight_sum
+from surgery.weights.methods.linear import Normalize, divisor, weight_sum
 from surgery.weights.methods.registry import Method, per_input
 from surgery.weights.selection import Cut, cuts, magnitudes
 from surgery.weights.sparsify import SMALLEST_16_BIT_DENSITY, band_counts, kept, random_bits
@@ -78,7 +79,7 @@ def sparse_sum(
     weight: Sequence[float],
     scale: float,
     election: str | None,
-    normalize: str,
+    normalize: Normalize,
 ) -> Chunks:
     """`base + scale * sum_i w_i keep_i(d_i)`, with a vote on each element's sign when there is an `election`."""
     scratch = streams.work.take
@@ -95,13 +96,13 @@ def sparse_sum(
                 total.add_(d, alpha=w)
             factor = scale / divisor(weight, normalize)
         else:
-            total = _elect(kept, weight, election, normalize, lambda key, size=size: scratch(key, size))
+            total = _elect(kept, weight, election, normalize, partial(scratch, numel=size))
             factor = scale
         yield start, base.add_(total, alpha=factor)
 
 
 def _elect(
-    kept: Sequence[Tensor], weight: Sequence[float], election: str, normalize: str, scratch: Callable[[str], Tensor]
+    kept: Sequence[Tensor], weight: Sequence[float], election: str, normalize: Normalize, scratch: Callable[[str], Tensor]
 ) -> Tensor:
     """The (mean of the) weighted differences that agree with the elected sign, made in `kept[0]`; a tie elects +."""
     sign, agree, divisor = scratch("sign").zero_(), scratch("agree"), scratch("divisor").zero_()
@@ -180,7 +181,7 @@ def bands(streams: Streams, ranks: Sequence[tuple[int, int]], ties: str) -> list
     found = cuts(walk, [(wanted + removed, removed) for wanted, removed in ranks], ties=ties)
     streams.report["ties_at_threshold"] = [lower.equal if lower.threshold > 0 else 0 for lower, _ in found]
     streams.report["kept_share"] = [wanted / streams.numel for wanted, _ in ranks]
-    return [lambda pair=pair: Band(*pair, streams.work) for pair in found]  # type: ignore[misc]
+    return [partial(Band, lower, upper, streams.work) for lower, upper in found]
 
 
 def rescaled(streams: Streams, makers: Sequence[Callable[[], Sparsifier] | None]) -> list[Sparsifier | None]:
@@ -226,7 +227,7 @@ def linear(streams: Streams, *, weight: Any = 1.0, normalize: bool = True) -> Ch
 
 
 @KERNELS.register("task_arithmetic")
-def task_arithmetic(streams: Streams, *, weight: Any = 1.0, scale: float = 1.0, normalize: str = "none") -> Chunks:
+def task_arithmetic(streams: Streams, *, weight: Any = 1.0, scale: float = 1.0, normalize: Normalize = "none") -> Chunks:
     """See `methods.linear.task_arithmetic`."""
     (weights,) = _inputs(streams, weight=weight)
     return sparse_sum(streams, [None] * len(weights), weight=weights, scale=scale, election=None, normalize=normalize)
@@ -239,7 +240,7 @@ def ties(
     weight: Any = 1.0,
     density: Any = 0.2,
     scale: float = 1.0,
-    normalize: str = "weights",
+    normalize: Normalize = "weights",
     election: str = "total",
     rescale: str = "none",
     scope: str = "tensor",
@@ -252,7 +253,7 @@ def ties(
     if _only_reference(weights, election, ties):
         return None
     if selections is not None:
-        makers: list[Any] = [lambda c=c: Band(c, None, streams.work) for c in selections]
+        makers: list[Any] = [partial(Band, c, None, streams.work) for c in selections]
     else:
         makers = list(bands(streams, [(kept(p, streams.numel), 0) for p in densities], ties))
     return _sum(streams, makers, rescale, weight=weights, scale=scale, election=election, normalize=normalize)
@@ -266,7 +267,7 @@ def breadcrumbs(
     top: Any = 0.006,
     bottom: Any = None,
     scale: float = 1.0,
-    normalize: str = "none",
+    normalize: Normalize = "none",
     election: str | None = None,
     rescale: str = "none",
     scope: str = "tensor",
@@ -286,7 +287,7 @@ KERNELS.register("breadcrumbs")(breadcrumbs)
 
 @KERNELS.register("breadcrumbs_ties")
 def breadcrumbs_ties(
-    streams: Streams, *, weight: Any = 1.0, normalize: str = "weights", election: str = "total", **shared: Any
+    streams: Streams, *, weight: Any = 1.0, normalize: Normalize = "weights", election: str = "total", **shared: Any
 ) -> Chunks | None:
     """See `methods.sparse.breadcrumbs_ties`."""
     return breadcrumbs(streams, weight=weight, normalize=normalize, election=election, **shared)
@@ -298,7 +299,7 @@ def dare(
     weight: Any = 1.0,
     density: Any = 0.1,
     scale: float = 1.0,
-    normalize: str = "none",
+    normalize: Normalize = "none",
     election: str | None = None,
     rescale: str = "expectation",
     keys: Any,
@@ -322,7 +323,7 @@ KERNELS.register("dare_linear")(dare)
 
 
 @KERNELS.register("dare_ties")
-def dare_ties(streams: Streams, *, normalize: str = "weights", election: str = "total", **shared: Any) -> Chunks | None:
+def dare_ties(streams: Streams, *, normalize: Normalize = "weights", election: str = "total", **shared: Any) -> Chunks | None:
     """See `methods.sparse.dare_ties`."""
     return dare(streams, normalize=normalize, election=election, **shared)
 

@@ -14,14 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from surgery import anatomy
+from surgery.checkpoint.adapter import tied_pair
 from surgery.checkpoint.header import TensorInfo, dtype_code
 from surgery.checkpoint.reader import Source, open_checkpoint
 from surgery.checkpoint.writer import check_target
 from surgery.errors import SurgeryError
 from surgery.weights.recipe import ModelRef, Recipe, Slice, relative_depth, resolve
 from surgery.weights.recipe.schema import Input
-from surgery.weights.recipe.signatures import Signature, signature_of
+from surgery.weights.recipe.signatures import signature_of
 
+STREAMED = frozenset({
+    "linear", "task_arithmetic", "lines", "passthrough", "ties", "dare_linear", "dare_ties", "breadcrumbs",
+    "breadcrumbs_ties", "ram", "magmax", "emr", "consensus", "nearswap", "slerp", "nuslerp", "multislerp", "karcher",
+    "model_stock",
+})  # fmt: skip
+"""Methods that work chunk by chunk with their usual parameters (a test holds this against the methods)."""
+CHUNK = 1 << 18
+"""As in `streams`, which needs torch."""
 SHOWN = 12
 """How many tensor names a message lists before it says how many more there are."""
 
@@ -88,10 +97,8 @@ class Plan:
         return sum(job.out.numel for job in self.jobs)
 
     def memory(self, threads: int) -> int:
-        """An upper estimate of the anonymous memory in bytes, beside the interpreter's own 200 MB."""
-        from surgery.weights.streams_size import job_bytes
-
-        largest = sorted((job_bytes(self.recipe.method, job) for job in self.jobs if job.merge), reverse=True)
+        """An upper estimate in bytes of the anonymous memory that `threads` workers take, beside the interpreter's."""
+        largest = sorted((job_bytes(self.recipe.method, job) for job in self.jobs), reverse=True)
         return sum(largest[:threads])
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,6 +118,12 @@ class Plan:
             "config_changes": self.config_changes,
             "notes": self.notes,
         }
+
+
+def job_bytes(method: str, job: Job) -> int:
+    """Scratch memory in bytes for one tensor: some chunks for what is streamed, some copies of it for what is not."""
+    numbers = max(CHUNK, job.out.cols) if method in STREAMED or not job.merge else job.out.numel
+    return numbers * (8 if job.double else 4) * (2 * len(job.parts) + 4)
 
 
 def plan(recipe: Recipe, *, out: str | Path | None = None, force: bool = False, allow_pickle: bool = False) -> Plan:
@@ -140,7 +153,7 @@ class _Planner:
 
     def __init__(self, recipe: Recipe, refs: list[ModelRef], sources: list[Source]) -> None:
         self.recipe, self.refs, self.sources = recipe, refs, sources
-        self.signature: Signature = signature_of(recipe.method)
+        self.signature = signature_of(recipe.method)
         self.index = {ref.identity: i for i, ref in enumerate(refs)}
         self.plan_ = Plan(recipe, refs, sources, [], 0, notes=list(recipe.notes))
         self.missing: dict[str, list[str]] = {}
@@ -238,7 +251,7 @@ class _Planner:
             if recipe.missing == "error":
                 return
             base = None
-            if self.signature.needs_base is True:  # nothing to take a difference from: the first input's own
+            if self.signature.base == "required":  # nothing to take a difference from: the first input's own
                 yield self._copy(out, has[0])
                 return
         if not recipe.merges(out):
@@ -306,7 +319,7 @@ class _Planner:
         out, materialised = [], []
         for ref, source, head in zip(self.refs, sources, heads, strict=True):
             embedding = anatomy.input_embedding(source.tensors)
-            if head or embedding is None or not _tied(source):
+            if head or embedding is None or not tied_pair(source):
                 out.append(source)
             else:
                 out.append(_Renamed(source, {name: embedding}))
@@ -387,21 +400,13 @@ def _layer_count(config: dict[str, Any], depth: int) -> dict[str, Any]:
     return changes
 
 
-def _tied(source: Source) -> bool:
-    """Whether the config ties head and embedding (also where a text model is nested)."""
-    config = source.config
-    inner = config.get("text_config")
-    default = inner.get("tie_word_embeddings", False) if isinstance(inner, dict) else False
-    return bool(config.get("tie_word_embeddings", default))
-
-
 def _stored_head(source: Source) -> str | None:
     """A head that a tied checkpoint stores all the same; transformers ignores it on load, and so do we."""
-    return anatomy.output_head(source.tensors) if _tied(source) else None
+    return anatomy.output_head(source.tensors) if tied_pair(source) else None
 
 
 def _own_head(source: Source) -> str | None:
-    return None if _tied(source) else anatomy.output_head(source.tensors)
+    return None if tied_pair(source) else anatomy.output_head(source.tensors)
 
 
 class _Renamed:

@@ -83,7 +83,7 @@ class Streams:
     def load(self, start: int, stop: int) -> list[Tensor]:
         """Rows `start:stop` of the base (if any) and of every tuned input: flat float32 scratch, free to be changed."""
         count = (stop - start) * self.cols
-        loaded = []
+        loaded: list[Tensor] = []
         first = start >= self._seen
         for i, reader in enumerate(self._readers):
             rows = reader(start, stop)
@@ -107,7 +107,7 @@ class Streams:
 
     def whole(self, dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None]:
         """All rows of every tuned input and of the base in `dtype`: for methods that need the tensor in one piece."""
-        loaded = []
+        loaded: list[Tensor] = []
         for i, reader in enumerate(self._readers):
             rows = reader(0, self.rows)
             if self._check is not None and self._seen == 0:

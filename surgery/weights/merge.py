@@ -1,0 +1,409 @@
+"""`merge`: a recipe carried out, streamed from disk to disk on all cores in bounded memory.
+
+Each worker takes one tensor, largest first: reads its rows from all inputs chunk by chunk, runs the method, rounds
+once, writes the rows at their place, and notes what rounding lost. The answer does not depend on the number of
+threads, on chunks or on the order of tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import surgery
+from surgery.checkpoint.companions import model_card, write_companions
+from surgery.checkpoint.header import torch_dtype
+from surgery.checkpoint.provenance import Checksum, Provenance, fingerprint
+from surgery.checkpoint.writer import CheckpointWriter
+from surgery.errors import SurgeryError
+from surgery.weights.kernels import merged
+from surgery.weights.methods import METHODS
+from surgery.weights.plan import Job, Plan, check_output, job_bytes, plan
+from surgery.weights.recipe import Recipe, load_recipes, recipe_from_source
+from surgery.weights.rounding import round_to
+from surgery.weights.sparsify import derive_key
+from surgery.weights.streams import Streams, Workspace, in_parallel
+from surgery.weights.survey import model_cuts
+
+Rounding = Literal["nearest", "stochastic"]
+Progress = Callable[[str, int, int], None]
+"""Called with (tensor just finished, bytes done, bytes in all); from any thread, one call at a time."""
+
+MEMORY = 2_000_000_000
+"""Bytes of scratch that methods which need whole tensors may take together (one tensor may always)."""
+
+
+@dataclass
+class Merged:
+    """The outcome of a merge: where it is, what happened to each tensor, what the reader should know."""
+
+    out: Path
+    method: str
+    tensors: dict[str, dict[str, Any]] = field(repr=False)
+    """Per tensor: `update` ||X - B||, `rounding_loss`, and what the method reports."""
+    notes: list[str]
+    nbytes: int
+    numbers: int
+    seconds: float
+    resumed: int = 0
+    """Tensors taken over from an interrupted run."""
+
+    @property
+    def rounding_loss(self) -> float | None:
+        """Share of the wanted update lost to rounding, ||round(X) - X|| / ||X - B|| over all tensors."""
+        known = [r for r in self.tensors.values() if "rounding_loss" in r]
+        wanted = sum(r["update"] ** 2 for r in known)
+        lost = sum((r["rounding_loss"] * r["update"]) ** 2 for r in known)
+        return (lost / wanted) ** 0.5 if wanted > 0 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "out": str(self.out),
+            "method": self.method,
+            "numbers": self.numbers,
+            "bytes": self.nbytes,
+            "seconds": round(self.seconds, 3),
+            "rounding_loss": self.rounding_loss,
+            "resumed": self.resumed,
+            "notes": self.notes,
+        }
+
+
+def merge(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    out: str | Path,
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    rounding: Rounding = "nearest",
+    force: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> Merged:
+    """Carries out `recipe` and writes the folder `out`: weights, config, tokenizer, card and provenance record.
+
+    `recipe` is a `Recipe`, a dictionary, or YAML as text or path, in our dialect or mergekit's; a file of several
+    stages is run in order, and the last is the result. `threads` defaults to the number of cores. `rounding`
+    "stochastic" rounds up or down by seeded chance, so that small updates survive on average. An interrupted run
+    is resumed when called again. Raises `SurgeryError` before anything is written for whatever headers can tell.
+    """
+    out = Path(out).expanduser()
+    stages = _stages(recipe)
+    check_output(out, [], force=force)
+    folders: dict[str, str] = {}
+    scratch = out.absolute().parent / f".{out.name}.stages"
+    how: dict[str, Any] = {"threads": threads, "device": device, "rounding": rounding, "progress": progress}
+    try:
+        for i, stage in enumerate(stages):
+            last = i == len(stages) - 1
+            target = out if last else scratch / str(stage.name)
+            ready = plan(stage.with_stages(folders), out=target, force=force or not last, allow_pickle=allow_pickle)
+            result = execute(ready, target, force=force or not last, **how)
+            if stage.name is not None:
+                folders[stage.name] = str(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return result
+
+
+def merge_in_memory(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    allow_pickle: bool = False,
+) -> dict[str, Tensor]:
+    """The merged tensors of a recipe of one stage by name, in their output types: for evaluating without a disk."""
+    stages = _stages(recipe)
+    if len(stages) != 1:
+        raise SurgeryError("A recipe of several stages needs a folder for each.", hint="Use merge(recipe, out).")
+    ready = plan(stages[0], allow_pickle=allow_pickle)
+    state = {job.out.name: torch.empty(job.out.shape, dtype=torch_dtype(job.out.dtype)) for job in ready.jobs}
+
+    def emit(job: Job, start: int, rows: Tensor) -> None:
+        target = state[job.out.name].reshape(-1)
+        target[start * job.out.cols : start * job.out.cols + rows.numel()] = rows.to("cpu")
+
+    engine = _Engine(ready, device=device, rounding="nearest", emit=emit)
+    engine.survey(threads or os.cpu_count() or 1)
+    engine.run(ready.jobs, threads or os.cpu_count() or 1, lambda job, report: None)
+    return state
+
+
+def execute(
+    ready: Plan,
+    out: str | Path,
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    rounding: Rounding = "nearest",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Merged:
+    """Carries out a plan; see `merge`."""
+    began = time.perf_counter()
+    threads = threads or os.cpu_count() or 1
+    recipe = ready.recipe
+    job_id = _digest(ready, rounding)
+    infos = [job.out for job in ready.jobs]
+    with CheckpointWriter(out, infos, shard_size=recipe.shard_size, job=job_id, force=force) as writer:
+        reports: dict[str, dict[str, Any]] = dict(writer.done)
+        left = [job for job in ready.jobs if job.out.name not in writer.done]
+        done = ready.out_bytes - sum(job.out.nbytes for job in left)
+        lock = threading.Lock()
+
+        def finished(job: Job, report: dict[str, Any]) -> None:
+            nonlocal done
+            writer.finish(job.out.name, report)
+            with lock:
+                reports[job.out.name] = report
+                done += job.out.nbytes
+                if progress is not None:
+                    progress(job.out.name, done, ready.out_bytes)
+
+        engine = _Engine(ready, device=device, rounding=rounding, emit=lambda j, s, r: writer.write(j.out.name, r, s))
+        engine.survey(threads)
+        engine.run(left, threads, finished)
+        result = Merged(
+            out=Path(out),
+            method=recipe.method,
+            tensors={name: reports[name] for name in sorted(reports)},
+            notes=[*ready.notes, *ready.dropped],
+            nbytes=writer.nbytes,
+            numbers=ready.parameters,
+            seconds=0.0,
+            resumed=len(ready.jobs) - len(left),
+        )
+        result.notes += _observations(result)
+        record = _provenance(ready, result, rounding)
+        base = ready.sources[ready.template]
+        write_companions(
+            writer,
+            base,
+            out_dtype=None,
+            config_changes=ready.config_changes,
+            tokenizer_from=_tokenizer_folder(ready),
+            chat_template=_chat_template(recipe.chat_template),
+            card=model_card(record, Path(out).name, base),
+            provenance=record,
+        )
+        if ready.vocabulary is not None:
+            ready.vocabulary.write_tokenizer(writer)
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+class _Engine:
+    """Runs jobs: opens their streams, merges, rounds, reports, and hands rows to `emit(job, first row, rows)`."""
+
+    def __init__(self, ready: Plan, *, device: str, rounding: str, emit: Callable[[Job, int, Tensor], None]) -> None:
+        self.plan, self.device, self.rounding, self.emit = ready, device, rounding, emit
+        self.method = METHODS.lookup(ready.recipe.method)
+        self.selections: dict[str, Any] = {}
+        self._budget = _Budget(MEMORY)
+
+    def survey(self, threads: int) -> None:
+        """Where a threshold is for the whole model, finds it: passes over all tensors before the first is merged."""
+        if any(job.parameters.get("scope") == "model" for job in self.plan.jobs):
+            self.selections = model_cuts(
+                self.plan.jobs, lambda job, work: self._streams(job, work, {}), threads=threads, device=self.device
+            )
+
+    def run(self, jobs: list[Job], threads: int, finished: Callable[[Job, dict[str, Any]], None]) -> None:
+        """All `jobs` on `threads` threads, largest first; `finished` gets each job's report."""
+
+        def work(job: Job, workspace: Workspace) -> None:
+            with self._budget.hold(job_bytes(self.method.name, job)):
+                finished(job, self._merge(job, workspace) if job.merge else self._copy(job))
+
+        in_parallel(sorted(jobs, key=lambda j: -j.out.nbytes), work, threads=threads, device=self.device)
+
+    def _streams(self, job: Job, work: Workspace, sums: dict[int, Checksum]) -> Streams:
+        def reader(part: Any) -> Callable[[int, int], Tensor]:
+            source = self.plan.sources[part.source]
+            return lambda start, stop: source.read(part.name, start, stop)
+
+        def check(i: int, rows: Tensor) -> None:
+            if i in sums:
+                sums[i].update(rows)
+
+        return Streams(
+            job.out.name,
+            job.out.shape,
+            [reader(part) for part in job.inputs],
+            reader(job.base) if job.base else None,
+            work,
+            labels=[str(self.plan.refs[part.source]) for part in job.parts],
+            nonfinite=self.plan.recipe.nonfinite,
+            check=check,
+        )
+
+    def _merge(self, job: Job, work: Workspace) -> dict[str, Any]:
+        first = -1 if job.base else 0
+        sums = {i: Checksum() for i in range(first, len(job.inputs))}
+        streams = self._streams(job, work, sums)
+        parameters = dict(job.parameters)
+        recipe, dtype = self.plan.recipe, torch_dtype(job.out.dtype)
+        if "keys" in self.method.hidden and (self.method.random or parameters.get("ties") == "random"):
+            parameters["keys"] = [
+                derive_key(recipe.seed, self.method.name, i, job.out.name) for i in range(len(job.inputs))
+            ]
+        if "depth" in self.method.hidden:
+            parameters["depth"] = job.depth
+        if job.out.name in self.selections:
+            parameters["selections"] = self.selections[job.out.name]
+        key = derive_key(recipe.seed, "round", job.out.name) if self.rounding == "stochastic" else None
+        moved = lost = 0.0
+        for start, rows in merged(self.method, streams, parameters, double=job.double):
+            if key is None:
+                stored = work.take("stored", rows.numel(), dtype).copy_(rows)
+            else:
+                stored = round_to(rows, dtype, key, start * job.out.cols)
+            self.emit(job, start, stored)
+            if job.base is not None:
+                again = work.take("again", rows.numel())
+                if dtype != rows.dtype:
+                    lost += float(torch.linalg.vector_norm(again.copy_(stored).sub_(rows))) ** 2
+                stop = start + (rows.numel() // job.out.cols if job.out.cols else job.out.rows)
+                base = self.plan.sources[job.base.source].read(job.base.name, start, stop).reshape(-1)
+                moved += float(torch.linalg.vector_norm(again.copy_(base).sub_(rows))) ** 2
+        report: dict[str, Any] = {"checksums": [sums[i].hexdigest() for i in sorted(sums)]} | streams.report
+        if streams.replaced:
+            report["nonfinite_replaced"] = streams.replaced
+        if job.base is not None:
+            report["update"] = moved**0.5
+            if moved > 0:
+                report["rounding_loss"] = (lost / moved) ** 0.5
+        return report
+
+    def _copy(self, job: Job) -> dict[str, Any]:
+        """Copies the tensor; where several inputs have it (whole numbers), they must agree in every bit."""
+        dtype, step = torch_dtype(job.out.dtype), max(1, (1 << 22) // max(1, job.out.cols))
+        lead, *others = job.parts
+        checksum = Checksum()
+        for start in range(0, job.out.rows, step):
+            rows = self.plan.sources[lead.source].read(lead.name, start, start + step)
+            checksum.update(rows)
+            for part in others:
+                if not torch.equal(rows, self.plan.sources[part.source].read(part.name, start, start + step)):
+                    raise SurgeryError(
+                        f"Tensor '{job.out.name}' holds whole numbers that differ between "
+                        f"{self.plan.refs[lead.source]} and {self.plan.refs[part.source]}: they can't be averaged.",
+                        hint="Leave it out of the merge (exclude: ...), so that the base's is copied.",
+                    )
+            self.emit(job, start, rows.to(dtype).reshape(-1))
+        return {"copied": True, "checksums": [checksum.hexdigest()] * len(job.parts)}
+
+
+class _Budget:
+    """Lets workers in as long as their scratch fits; one is always let in."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.used, self.free = limit, 0, threading.Condition()
+
+    @contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        """Within: `size` bytes are taken from the budget."""
+        with self.free:
+            self.free.wait_for(lambda: self.used == 0 or self.used + size <= self.limit)
+            self.used += size
+        try:
+            yield
+        finally:
+            with self.free:
+                self.used -= size
+                self.free.notify_all()
+
+
+def _stages(recipe: Recipe | Mapping[str, Any] | str | Path) -> list[Recipe]:
+    if isinstance(recipe, Recipe):
+        return [recipe]
+    return [recipe_from_source(recipe)] if isinstance(recipe, Mapping) else load_recipes(recipe)
+
+
+def _digest(ready: Plan, rounding: str) -> str:
+    """What a resumed run must agree on: the recipe, the inputs' files, the output's layout, our version."""
+    files = {info.file for source in ready.sources for info in source.tensors.values() if info.file is not None}
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(files)]
+    layout = [(job.out.name, job.out.dtype, job.out.shape) for job in ready.jobs]
+    resolved = [(job.out.name, sorted((k, str(v)) for k, v in job.parameters.items())) for job in ready.jobs]
+    refs = [str(ref) for ref in ready.refs]
+    facts = [surgery.__version__, ready.recipe.method, ready.recipe.seed, rounding, refs, stats, layout, resolved]
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
+
+
+def _observations(result: Merged) -> list[str]:
+    """What a reader of the result should know and might not ask."""
+    notes = []
+    if (loss := result.rounding_loss) is not None and loss > 0.2:
+        notes.append(
+            f"Rounding to the output's type lost {loss:.0%} of the update. Write float32 (out_dtype: float32) "
+            "or round stochastically to keep it."
+        )
+    branches = [r["branch"] for r in result.tensors.values() if "branch" in r]
+    if branches:
+        linear = branches.count("linear")
+        notes.append(f"SLERP was linear interpolation for {linear} of {len(branches)} tensors (cosine above 0.9995).")
+    replaced = sum(r.get("nonfinite_replaced", 0) for r in result.tensors.values())
+    if replaced:
+        notes.append(f"{replaced:,} values that were NaN or infinite were taken from the base.")
+    return notes
+
+
+def _provenance(ready: Plan, result: Merged, rounding: str) -> Provenance:
+    recipe = ready.recipe
+    record = Provenance(
+        operation="merge",
+        recipe=recipe.source,
+        parameters={"method": recipe.method, "rounding": rounding},
+        seed=recipe.seed,
+        totals={
+            "tensors": len(result.tensors),
+            "numbers": result.numbers,
+            "bytes": result.nbytes,
+            "rounding_loss": result.rounding_loss,
+        },
+    )
+    sums: list[dict[str, str]] = [{} for _ in ready.sources]
+    for job in ready.jobs:
+        report = result.tensors[job.out.name]
+        for part, digest in zip(job.parts, report.get("checksums", ()), strict=False):
+            sums[part.source][part.name] = digest
+        record.tensors[job.out.name] = {k: v for k, v in report.items() if k != "checksums"}
+    for i, (ref, source) in enumerate(zip(ready.refs, ready.sources, strict=True)):
+        role = "base" if recipe.base is not None and ref.identity == recipe.base.identity else "tuned"
+        record.inputs.append({"name": str(ref), "role": role, **fingerprint(source), "tensors": sums[i]})
+    return record
+
+
+def _tokenizer_folder(ready: Plan) -> Path | None:
+    """Whose tokenizer travels: the one that the recipe names, else that of the template."""
+    rule = ready.recipe.tokenizer
+    if rule is None or rule.source != "model" or rule.model is None:
+        return None
+    number = next(i for i, ref in enumerate(ready.refs) if ref.identity == rule.model.identity)
+    return ready.sources[number].path
+
+
+def _chat_template(template: str | None) -> str | None:
+    """Jinja text of a recipe's `chat_template`; None leaves the tokenizer's own."""
+    if template is None or template == "auto":
+        return None
+    if "{" in template:
+        return template
+    from surgery.checkpoint.chat_templates import TEMPLATES
+
+    return TEMPLATES[template]
