@@ -180,7 +180,8 @@ def variance(deltas: Sequence[Tensor], density: float, ties: Ties = "index") -> 
     `nonzero` counts the elements with any variance at all. SCE, arXiv:2408.07990 (select).
     """
     density = fraction(density, "density")
-    spread = torch.stack(list(deltas)).var(dim=0, unbiased=False)
+    tasks = torch.stack(list(deltas))
+    spread = (tasks - tasks.mean(dim=0)).square().mean(dim=0)
     if density == 1:
         return torch.ones_like(spread, dtype=torch.bool)
     return apply_selection(spread, select(spread, int(density * int(spread.count_nonzero())), ties))

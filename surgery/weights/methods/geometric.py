@@ -69,7 +69,13 @@ def slerp(tuned: Sequence[Tensor], base: Tensor, *, t: float) -> Tensor:
     return combine(pair, coefficients).reshape(base.shape)
 
 
-@method("nuslerp", needs_base="optional", unit="tensor", unit_if={("flatten", False): "row"}, inputs=(2, 2))
+@method(
+    "nuslerp",
+    needs_base="optional",
+    unit="tensor",
+    unit_if={("row_wise", True): "tensor", ("flatten", False): "row"},
+    inputs=(2, 2),
+)
 def nuslerp(
     tuned: Sequence[Tensor],
     base: Tensor | None = None,

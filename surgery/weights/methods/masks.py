@@ -29,7 +29,8 @@ def sce(
 
     Keeps the `topk` share of elements of largest variance over the tasks; a task's weight is its mean square among
     them; each element is the weighted mean of the tasks that have the elected sign. mergekit: topk=1 by default, and
-    equal weights when the mean squares sum to less than 1e-6, which here happens only when they are all 0.
+    equal weights when the mean squares sum to less than 1e-6. One task alone varies nowhere: with topk < 1 nothing of
+    it is kept.
     FuseChat 3.0's fusion: Wan et al. 2024, arXiv:2408.07990.
     """
     deltas = [f - base for f in tuned]
@@ -149,9 +150,10 @@ def tall_masks(deltas: Sequence[Tensor], strictness: float = 0.4) -> list[Tensor
 def consensus(
     tuned: Sequence[Tensor], base: Tensor, *, strictness: float = 0.4, agreeing: int = 2, scale: float = 1.0
 ) -> Tensor:
-    """Task arithmetic without the elements that serve fewer than `agreeing` tasks by their TALL masks (Consensus TA).
+    """Task arithmetic without the elements that serve fewer than `agreeing` tasks (Consensus TA).
 
-    agreeing=2 drops what serves nobody or one task alone, 1 only what serves nobody, 0 nothing at all.
+    Which tasks an element serves is told by their TALL masks (see `tall_masks`). agreeing=2 drops what serves nobody or
+    one task alone, 1 only what serves nobody, 0 nothing at all.
     Wang et al. 2024, arXiv:2405.07813, section 4.
     """
     deltas = [f - base for f in tuned]
