@@ -64,7 +64,9 @@ def test_more_axes_are_reduced_over_the_examples_only():
     assert result.interval().low.shape == result.paired_test(result).p_value.shape == (3, 2)
     frame = result.to_dataframe()
     assert list(frame.columns) == ["example", "task", "layer", "head", "effect"] and len(frame) == 24
-    assert frame.query("example == 'c' and layer == 1 and head == 'h1'")[["task", "effect"]].values.tolist() == [["x", 15]]
+    assert frame.query("example == 'c' and layer == 1 and head == 'h1'")[["task", "effect"]].values.tolist() == [
+        ["x", 15]
+    ]
 
 
 def test_groups_and_concatenation_are_inverse():
@@ -83,7 +85,7 @@ def test_save_and_load(tmp_path, name):
     again = Result.load(tmp_path / name)
     np.testing.assert_array_equal(again.values, result.values)
     assert (again.axes, again.columns, again.meta, again.name) == (result.axes, result.columns, result.meta, "effect")
-    assert not [p for p in tmp_path.rglob(".*")]
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_what_is_not_a_result_is_said(tmp_path):
