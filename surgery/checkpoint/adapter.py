@@ -123,11 +123,11 @@ class Adapter:
         if leaf == "bias" and "B.bias" in parts:
             left = parts["B.bias"].view(-1, 1)
             right = left.new_ones(1, 1)
-        elif leaf == "weight" and ("A.weight" in parts or "B.weight" in parts):
+        elif leaf == "weight" and {"A.weight", "B.weight", "magnitude.weight"} & parts.keys():
             if not {"A.weight", "B.weight"} <= parts.keys():
-                raise SurgeryError(f"{self.path}: of the two matrices of '{module}' only one is there.")
+                raise SurgeryError(f"{self.path}: of the two matrices of '{module}' one is missing.")
             a, b, magnitude = parts["A.weight"], parts["B.weight"], parts.get("magnitude.weight")
-            if a.shape[0] != rank or b.ndim < 2 or math.prod(b.shape[1:]) != rank:
+            if min(a.ndim, b.ndim) < 2 or a.shape[0] != rank or math.prod(b.shape[1:]) != rank:
                 found = f"A {tuple(a.shape)} and B {tuple(b.shape)}"
                 raise SurgeryError(f"{self.path}: '{module}' should have rank {rank} by {CONFIG}; found {found}.")
             a, b = a.reshape(rank, -1), b.reshape(-1, rank)
@@ -228,6 +228,8 @@ class AdaptedCheckpoint:
         if target is None:
             return self.base.read(self._origin.get(name, name), start, stop)
         dtype = torch_dtype(self.tensors[name].dtype)
+        if target.replaced is not None and not target.shape:
+            return target.replaced.to(dtype)
         return _rows(target.shape, start, stop, dtype, lambda i, j: self._block(name, target, i, j))
 
     def _block(self, name: str, target: Target, start: int, stop: int) -> Tensor:

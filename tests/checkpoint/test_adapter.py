@@ -99,14 +99,18 @@ def test_fan_in_fan_out(tmp_path, square):
 
 def test_replaced_tensors_and_biases(tmp_path):
     base = save_checkpoint(
-        tmp_path / "b", {"x.weight": random(4, 6), "x.bias": random(4), "norm.weight": random(6)}, {}
+        tmp_path / "b",
+        {"x.weight": random(4, 6), "x.bias": random(4), "norm.weight": random(6), "a.bias": torch.ones(())},
+        {},
     )
     tensors = lora("x", 4, 6, 2) | {
         "base_model.model.norm.weight": random(6, seed=9),
         "base_model.model.x.lora_B.bias": random(4, seed=5),
     }
     tensors["base_model.model.x.base_layer.bias"] = random(4, seed=7)
+    tensors["base_model.model.a.bias"] = torch.tensor(5.0)
     adapted = AdaptedCheckpoint(open_checkpoint(base), write_adapter(tmp_path / "a", tensors))
+    assert adapted.read("a.bias").item() == 5 and adapted.tensors["a.bias"].shape == ()
     assert adapted.read("norm.weight").equal(tensors["base_model.model.norm.weight"])
     torch.testing.assert_close(adapted.read("x.bias"), random(4, seed=7) + 3 * random(4, seed=5))
     assert adapted.adapter.delta("x.weight").shape == (4, 6)
@@ -114,6 +118,30 @@ def test_replaced_tensors_and_biases(tmp_path):
         adapted.adapter.delta("norm.weight")
     with pytest.raises(SurgeryError, match="does not touch"):
         adapted.adapter.delta("y.weight")
+
+
+def test_a_larger_vocabulary_saved_with_the_adapter(base, tmp_path):
+    """PEFT saves the whole embedding when it was resized; head and embedding may grow, other tensors may not."""
+    at, more = "base_model.model.", {}
+    for module, kind, shapes in (
+        ("model.embed_tokens", "lora_embedding_", ((2, 43), (16, 2))),
+        ("lm_head", "lora_", ((2, 16), (43, 2))),
+    ):
+        leaf = "" if "embedding" in kind else ".weight"
+        more |= {f"{at}{module}.base_layer.weight": random(43, 16, seed=len(module))}
+        more |= {f"{at}{module}.{kind}{side}{leaf}": random(*s) for side, s in zip("AB", shapes, strict=True)}
+    adapted = AdaptedCheckpoint(base, write_adapter(tmp_path / "a", more))
+    assert adapted.config["vocab_size"] == 43 and base.config["vocab_size"] == 40
+    for module, delta in (
+        ("model.embed_tokens", (random(16, 2) @ random(2, 43)).T),
+        ("lm_head", random(43, 2) @ random(2, 16)),
+    ):
+        assert adapted.tensors[f"{module}.weight"].shape == (43, 16)
+        want = random(43, 16, seed=len(module)) + 3 * delta
+        torch.testing.assert_close(adapted.read(f"{module}.weight"), want, rtol=0, atol=1e-6)
+        assert adapted.read(f"{module}.weight", 39, 43).equal(adapted.read(f"{module}.weight")[39:])
+    with pytest.raises(SurgeryError, match="made for another base"):
+        AdaptedCheckpoint(base, write_adapter(tmp_path / "b", {f"{at}{Q}.base_layer.weight": random(20, 16)}))
 
 
 def test_float64_base_stays_float64(tmp_path):
@@ -171,9 +199,11 @@ def test_what_is_not_a_change_of_weights_is_refused(base, tmp_path, config, says
         (lora(DOWN, 32, 32, 2), f"'{DOWN}.weight'"),
         ({"base_model.model.model.norm.weight": random(17)}, "'model.norm.weight' is \\(16,\\)"),
         ({"base_model.model.score.weight": random(2, 16)}, "no tensor 'score.weight'"),
-        ({f"base_model.model.{Q}.lora_A.weight": random(2, 16)}, "only one"),
+        ({f"base_model.model.{Q}.lora_A.weight": random(2, 16)}, "one is missing"),
         ({f"base_model.model.{Q}.lora_S": random(2)}, "not supported"),
         (lora(Q, 16, 16, 2) | {f"base_model.model.{Q}.lora_magnitude_vector": random(3)}, "3 magnitudes"),
+        (lora(Q, 16, 16, 2) | {f"base_model.model.{Q}.lora_A.weight": torch.tensor(1.0)}, "should have rank 2"),
+        ({f"base_model.model.{Q}.lora_magnitude_vector": random(16)}, "one is missing"),
     ],
 )
 def test_adapter_of_another_base_is_refused(base, tmp_path, tensors, says):
