@@ -23,9 +23,6 @@ _BASE: dict[Any, Literal["required", "optional", "ignored"]] = {True: "required"
 _TYPES: dict[str, type] = {"float": float, "int": int, "bool": bool, "str": str}
 
 
-Signature = Contract
-
-
 def signature_of(name: str) -> Contract:
     """The signature of the method registered as `name`. Raises `SurgeryError` with the nearest names."""
     known = signatures()
