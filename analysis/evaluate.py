@@ -97,10 +97,11 @@ def generate(
         eos_token_id=_stops(model, tokenizer),
     )
     completions = [""] * len(rows)
+    run: Any = model.generate
     with untouched(model):
         for batch in _batches(rows, batch_size, progress):
             ids, mask = left_padded([rows[i] for i in batch], pad, model.device)
-            out = model.generate(ids, attention_mask=mask, generation_config=settings)
+            out = run(ids, attention_mask=mask, generation_config=settings)
             texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
             for i, text in zip(batch, texts, strict=True):
                 completions[i] = text

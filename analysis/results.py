@@ -136,12 +136,13 @@ class Result:
                 f"Results '{self.name}' and '{other.name}' have different examples: they can't be paired."
             )
         difference = self.values - other.values
-        n, observed = len(self), difference.mean(axis=0)
-        signs = np.random.default_rng(seed).integers(0, 2, size=(permutations, n), dtype=np.int8) * 2.0 - 1.0
-        flipped = np.tensordot(signs / n, difference, axes=1)
+        n, observed, rng = len(self), difference.mean(axis=0), np.random.default_rng(seed)
         # A hair of slack: equal means that were added up in another order count as equal.
-        far = np.abs(flipped) >= np.abs(observed) * (1 - 1e-9) - 1e-15
-        return PairedTest(observed, (1 + far.sum(axis=0)) / (1 + permutations), n)
+        limit, far = np.abs(observed) * (1 - 1e-9) - 1e-15, 0
+        for start in range(0, permutations, 1000):  # in blocks, for the memory
+            signs = rng.integers(0, 2, size=(min(1000, permutations - start), n), dtype=np.int8) * 2.0 - 1.0
+            far = far + (np.abs(np.tensordot(signs / n, difference, axes=1)) >= limit).sum(axis=0)
+        return PairedTest(observed, (1 + far) / (1 + permutations), n)
 
     # ---- out
 

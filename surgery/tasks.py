@@ -10,8 +10,8 @@ A character-level task puts one letter in front of its prompt and one answer aft
 | copy, reverse, sort | `c bad=`, `r bad=`, `s bad=` | `#bad`, `#dab`, `#abd` |
 | shift, descend, unique, swap, rotate, double, last | `n bad=`, `d bad=`, ... | the changed string |
 
-The tiny family (`surgery.zoo`) learns the first six as a base and the others by fine-tuning. A new task is one
-function from a random string (or generator) to an answer, registered in `TASKS`.
+The base of the tiny family (`surgery.zoo`) does facts, copy, reverse and sort; fine-tunings of it do one task
+more each. A new task is one function from a string (or a generator) to an answer, registered in `TASKS`.
 """
 
 from __future__ import annotations
