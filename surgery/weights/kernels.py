@@ -28,7 +28,7 @@ from torch import Tensor
 from surgery.registry import Registry
 from surgery.weights.methods.linear import Normalize, divisor, weight_sum
 from surgery.weights.methods.registry import Method, per_input
-from surgery.weights.selection import Cut, cuts, magnitudes
+from surgery.weights.selection import Cut, cuts
 from surgery.weights.sparsify import SMALLEST_16_BIT_DENSITY, band_counts, kept, random_bits
 from surgery.weights.streams import Streams, Workspace
 
@@ -102,7 +102,11 @@ def sparse_sum(
 
 
 def _elect(
-    kept: Sequence[Tensor], weight: Sequence[float], election: str, normalize: Normalize, scratch: Callable[[str], Tensor]
+    kept: Sequence[Tensor],
+    weight: Sequence[float],
+    election: str,
+    normalize: Normalize,
+    scratch: Callable[[str], Tensor],
 ) -> Tensor:
     """The (mean of the) weighted differences that agree with the elected sign, made in `kept[0]`; a tie elects +."""
     sign, agree, divisor = scratch("sign").zero_(), scratch("agree"), scratch("divisor").zero_()
@@ -151,8 +155,10 @@ class Dropout:
         self.limit, self.key, self.work = math.ceil(density * 2.0**self.width), key, work
 
     def __call__(self, d: Tensor, out: Tensor, start: int) -> Tensor:
+        if self.limit == 0:
+            return out.zero_()
         bits = random_bits(d.numel(), self.key, start, self.width)  # type: ignore[arg-type]
-        mask = torch.from_numpy((bits < bits.dtype.type(self.limit)).view(np.uint8))
+        mask = torch.from_numpy((bits <= bits.dtype.type(self.limit - 1)).view(np.uint8))
         return out.copy_(mask).mul_(d)  # arithmetic on numbers beats selection by booleans several times
 
 
@@ -175,10 +181,9 @@ def bands(streams: Streams, ranks: Sequence[tuple[int, int]], ties: str) -> list
         return [None] * len(ranks)
 
     def walk() -> Iterator[list[Tensor]]:
-        deltas = (streams.deltas(start, stop)[1] for start, stop in streams.chunks())
-        return magnitudes(deltas, lambda i, size: streams.work.take(("kept", i), size))
+        return (streams.deltas(start, stop)[1] for start, stop in streams.chunks())
 
-    found = cuts(walk, [(wanted + removed, removed) for wanted, removed in ranks], ties=ties)
+    found = cuts(walk, [(wanted + removed, removed) for wanted, removed in ranks], streams.work, ties=ties)
     streams.report["ties_at_threshold"] = [lower.equal if lower.threshold > 0 else 0 for lower, _ in found]
     streams.report["kept_share"] = [wanted / streams.numel for wanted, _ in ranks]
     return [partial(Band, lower, upper, streams.work) for lower, upper in found]
@@ -227,7 +232,9 @@ def linear(streams: Streams, *, weight: Any = 1.0, normalize: bool = True) -> Ch
 
 
 @KERNELS.register("task_arithmetic")
-def task_arithmetic(streams: Streams, *, weight: Any = 1.0, scale: float = 1.0, normalize: Normalize = "none") -> Chunks:
+def task_arithmetic(
+    streams: Streams, *, weight: Any = 1.0, scale: float = 1.0, normalize: Normalize = "none"
+) -> Chunks:
     """See `methods.linear.task_arithmetic`."""
     (weights,) = _inputs(streams, weight=weight)
     return sparse_sum(streams, [None] * len(weights), weight=weights, scale=scale, election=None, normalize=normalize)
@@ -323,7 +330,9 @@ KERNELS.register("dare_linear")(dare)
 
 
 @KERNELS.register("dare_ties")
-def dare_ties(streams: Streams, *, normalize: Normalize = "weights", election: str = "total", **shared: Any) -> Chunks | None:
+def dare_ties(
+    streams: Streams, *, normalize: Normalize = "weights", election: str = "total", **shared: Any
+) -> Chunks | None:
     """See `methods.sparse.dare_ties`."""
     return dare(streams, normalize=normalize, election=election, **shared)
 

@@ -294,7 +294,7 @@ class _Engine:
         dtype, step = torch_dtype(job.out.dtype), max(1, (1 << 22) // max(1, job.out.cols))
         lead, *others = job.parts
         checksum = Checksum()
-        for start in range(0, job.out.rows, step):
+        for start in range(0, job.out.rows if job.out.nbytes else 0, step):
             rows = self.plan.sources[lead.source].read(lead.name, start, start + step)
             checksum.update(rows)
             for part in others:

@@ -8,26 +8,28 @@ checkpoints: there equal magnitudes are the normal case (one fifth of the kept s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from surgery.weights.streams import Workspace
+
 DIGIT = 1 << 16
 HIGH = DIGIT >> 1
 """Upper digits that occur: the sign bit of a magnitude is 0."""
 
-Walk = Callable[[], Iterable[list[Tensor]]]
-"""Starts one walk over the magnitudes: per chunk a list with one flat float32 tensor (>= 0) per input."""
+Walk = Callable[[], Iterable[Sequence[Tensor]]]
+"""Starts one walk over a tensor: per chunk a list with the flat float32 differences of every input."""
 
 
 @dataclass
 class Cut:
     """What a rank became: keep |d| > `threshold`, and the first `quota` of the `equal` elements at the threshold.
 
-    `keep` is called with the chunks in order and counts how many equal elements have passed.
+    `keep` is called with the chunks in order and counts how many of the quota are given out.
     """
 
     threshold: float
@@ -43,15 +45,15 @@ class Cut:
             below = float(np.nextafter(np.float32(self.threshold), np.float32(-1)))
             return torch.hardshrink(d, below, out=out) if below > 0 else out.copy_(d)
         torch.hardshrink(d, self.threshold, out=out)
-        if self.quota > 0 and self.threshold > 0 and self._seen < self.equal:  # zeros are zeros, kept or not
+        if self.quota > 0 and self.threshold > 0 and self._seen < self.quota:  # zeros are zeros, kept or not
             places = _where_equal(d, self.threshold)
-            chosen = places[: max(0, self.quota - self._seen)]
+            chosen = places[: self.quota - self._seen]
             self._seen += places.numel()
             out[chosen] = d[chosen]
         return out
 
 
-def cuts(walk: Walk, ranks: Sequence[Sequence[int]], *, ties: str = "index") -> list[list[Cut]]:
+def cuts(walk: Walk, ranks: Sequence[Sequence[int]], work: Workspace, *, ties: str = "index") -> list[list[Cut]]:
     """For every input the cuts that keep its `ranks` largest magnitudes (several ranks per input are free).
 
     `ties` says which of the elements equal to the threshold are kept: `"index"` the first, so that exactly k are,
@@ -59,35 +61,69 @@ def cuts(walk: Walk, ranks: Sequence[Sequence[int]], *, ties: str = "index") -> 
     """
     high = [np.zeros(HIGH, np.int64) for _ in ranks]
     for chunk in walk():
-        count_high(chunk, high)
-    wanted = [[locate(h, r) for r in rank] for h, rank in zip(high, ranks, strict=True)]
-    low = [[np.zeros(DIGIT, np.int64) for _ in w] for w in wanted]
+        count_high(chunk, high, work)
+    lows = [[Low(locate(h, r)) for r in rank] for h, rank in zip(high, ranks, strict=True)]
     for chunk in walk():
-        count_low(chunk, wanted, low)
-    return [
-        [cut(place, counts, ties) for place, counts in zip(w, l, strict=True)] for w, l in zip(wanted, low, strict=True)
-    ]
+        count_low(chunk, lows, work)
+    return [[cut(low, ties) for low in each] for each in lows]
 
 
 Place = tuple[int, int] | None
 """The bucket (upper digit) that holds a rank, and the rank inside that bucket; None when nothing is wanted."""
 
 
-def count_high(chunk: Sequence[Tensor], high: Sequence[np.ndarray]) -> None:
+@dataclass
+class Low:
+    """The lower digits of the elements in one bucket, counted in large portions: a histogram costs 0.5 MB each time."""
+
+    place: Place
+    _counts: np.ndarray = field(default_factory=lambda: np.zeros(DIGIT, np.int64))
+    _waiting: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, digits: np.ndarray) -> None:
+        """Takes digits (whole numbers below 2^16) in."""
+        self._waiting.append(digits)
+        if sum(d.size for d in self._waiting) > 1 << 19:
+            self.counts  # noqa: B018 - counts what is waiting
+
+    def merge(self, other: Low) -> None:
+        """Adds what `other` counted in the same bucket."""
+        self._counts += other.counts
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How often each digit was seen."""
+        if self._waiting:
+            self._counts += np.bincount(np.concatenate(self._waiting), minlength=DIGIT)
+            self._waiting.clear()
+        return self._counts
+
+
+def count_high(chunk: Sequence[Tensor], high: Sequence[np.ndarray], work: Workspace) -> None:
     """Adds the upper digits of every input's magnitudes to its histogram."""
-    for magnitude, counts in zip(chunk, high, strict=True):
-        digits = magnitude.view(torch.int32) >> 16
-        counts += torch.bincount(digits, minlength=HIGH).cpu().numpy()
+    for d, counts in zip(chunk, high, strict=True):
+        digits = work.take("digits", d.numel(), torch.int32)
+        np.right_shift(_pattern(d), 16, out=digits.numpy().view(np.uint32))
+        both = torch.bincount(digits, minlength=DIGIT).numpy()
+        counts += both[:HIGH]
+        counts += both[HIGH:]  # the sign is the topmost bit: negative numbers count like positive ones
 
 
-def count_low(chunk: Sequence[Tensor], places: Sequence[Sequence[Place]], low: Sequence[Sequence[np.ndarray]]) -> None:
+def count_low(chunk: Sequence[Tensor], lows: Sequence[Sequence[Low]], work: Workspace) -> None:
     """Adds the lower digits of the magnitudes in each wanted bucket to its histogram."""
-    for magnitude, wanted, histograms in zip(chunk, places, low, strict=True):
-        keys = magnitude.cpu().numpy().view(np.uint32)
-        for place, counts in zip(wanted, histograms, strict=True):
-            if place is not None:
-                digit = keys - np.uint32(place[0] << 16)  # wraps round: what is outside the bucket becomes large
-                counts += np.bincount(digit[digit < DIGIT], minlength=DIGIT)
+    for d, each in zip(chunk, lows, strict=True):
+        if all(low.place is None for low in each):
+            continue
+        size = d.numel()
+        doubled, digits = (work.take(k, size, torch.int32).numpy().view(np.uint32) for k in ("doubled", "digits"))
+        inside = work.take("inside", size, torch.bool).numpy()
+        np.left_shift(_pattern(d), 1, out=doubled)  # the sign falls off
+        for low in each:
+            if low.place is not None:
+                # Wraps round: what is below the bucket becomes large, so that one comparison finds the inside.
+                np.subtract(doubled, np.uint32(low.place[0] << 17), out=digits)
+                np.less(digits, np.uint32(DIGIT << 1), out=inside)
+                low.add(digits[inside] >> 1)
 
 
 def locate(high: np.ndarray, rank: int) -> Place:
@@ -100,29 +136,26 @@ def locate(high: np.ndarray, rank: int) -> Place:
     return bucket, rank - (int(above[bucket + 1]) if bucket + 1 < len(above) else 0)
 
 
-def cut(place: Place, low: np.ndarray, ties: str) -> Cut:
+def cut(low: Low, ties: str) -> Cut:
     """The cut at the rank that `locate` placed, from the lower digits of its bucket."""
-    if place is None:
+    if low.place is None:
         return Cut(np.inf, 0, 0)
-    bucket, rank = place
-    above = low[::-1].cumsum()[::-1]
+    bucket, rank = low.place
+    above = low.counts[::-1].cumsum()[::-1]
     digit = int(np.flatnonzero(above >= rank)[-1])
-    equal = int(low[digit])
+    equal = int(low.counts[digit])
     quota = rank - (int(above[digit + 1]) if digit + 1 < len(above) else 0)
     threshold = float(np.array(bucket << 16 | digit, np.uint32).view(np.float32))
     quota = {"all": equal, "none": 0}.get(ties, quota)
     return Cut(threshold, quota, equal)
 
 
+def _pattern(d: Tensor) -> np.ndarray:
+    """The bits of flat float32 numbers."""
+    return d.cpu().numpy().view(np.uint32)
+
+
 def _where_equal(d: Tensor, threshold: float) -> Tensor:
-    """Indices of the elements of magnitude `threshold`."""
-    if d.device.type != "cpu":
-        return (d.abs() == threshold).nonzero().view(-1)
-    keys = d.numpy().view(np.uint32) & np.uint32(0x7FFFFFFF)  # several times faster than torch's comparison
-    return torch.from_numpy(np.flatnonzero(keys == np.float32(threshold).view(np.uint32)))
-
-
-def magnitudes(deltas: Iterator[list[Tensor]], scratch: Callable[[int, int], Tensor]) -> Iterator[list[Tensor]]:
-    """The absolute values of every input's chunk, in scratch memory (input number, size)."""
-    for chunk in deltas:
-        yield [torch.abs(d, out=scratch(i, d.numel())) for i, d in enumerate(chunk)]
+    """Indices of the elements of magnitude `threshold`. numpy compares several times faster than torch."""
+    numbers = d.cpu().numpy()
+    return torch.from_numpy(np.flatnonzero((numbers == threshold) | (numbers == -threshold))).to(d.device)

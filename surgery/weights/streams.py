@@ -7,6 +7,7 @@ the inputs and writing the output; everything here exists to come near it.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -75,7 +76,9 @@ class Streams:
         self.report: dict[str, Any] = {}
 
     def chunks(self) -> Iterator[tuple[int, int]]:
-        """Row ranges that cover the tensor, in order."""
+        """Row ranges that cover the tensor, in order; none when it is empty, whatever its rows."""
+        if not self.numel:
+            return
         step = max(1, CHUNK // max(1, self.cols))
         for start in range(0, self.rows, step):
             yield start, min(self.rows, start + step)
@@ -91,7 +94,8 @@ class Streams:
                 self._check(i - self.has_base, rows)
             numbers = self.work.take(("input", i), count)
             numbers.copy_(rows.reshape(-1))
-            if not bool(torch.isfinite(numbers.sum())):  # a sum is cheap, and tells
+            # A sum is cheap, and tells; later walks trust the first.
+            if (first or self.replaced) and not math.isfinite(float(numbers.sum())):
                 self._mend(i, numbers, loaded, first)
             loaded.append(numbers)
         if first:
@@ -113,7 +117,7 @@ class Streams:
             if self._check is not None and self._seen == 0:
                 self._check(i - self.has_base, rows)
             numbers = rows.reshape(self.shape).to(self.work.device, dtype, copy=True)
-            if not bool(torch.isfinite(numbers.sum())):
+            if not math.isfinite(float(numbers.sum())):
                 self._mend(i, numbers.view(-1), [t.view(-1) for t in loaded], self._seen == 0)
             loaded.append(numbers)
         self._seen = self.rows

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from surgery.errors import SurgeryError
 from surgery.weights.plan import Job
-from surgery.weights.selection import DIGIT, HIGH, Cut, count_high, count_low, cut, locate, magnitudes
+from surgery.weights.selection import HIGH, Cut, Low, count_high, count_low, cut, locate
 from surgery.weights.sparsify import kept
 from surgery.weights.streams import Streams, Workspace, in_parallel
 
@@ -42,15 +42,14 @@ def model_cuts(jobs: Sequence[Job], open_streams: Open, *, threads: int, device:
 
     def walk(job: Job, work: Workspace) -> Iterator[list[Tensor]]:
         streams = open_streams(job, work)
-        deltas = (streams.deltas(start, stop)[1] for start, stop in streams.chunks())
-        return magnitudes(deltas, lambda i, size: work.take(("kept", i), size))
+        return (streams.deltas(start, stop)[1] for start, stop in streams.chunks())
 
     high = [np.zeros(HIGH, np.int64) for _ in range(inputs)]
 
     def first(job: Job, work: Workspace) -> None:
         mine = [np.zeros(HIGH, np.int64) for _ in range(inputs)]
         for chunk in walk(job, work):
-            count_high(chunk, mine)
+            count_high(chunk, mine, work)
         with lock:
             for total, part in zip(high, mine, strict=True):
                 total += part
@@ -58,25 +57,25 @@ def model_cuts(jobs: Sequence[Job], open_streams: Open, *, threads: int, device:
     in_parallel(jobs, first, threads=threads, device=device)
     numel = sum(job.out.numel for job in jobs)
     places = [locate(h, kept(p, numel)) for h, p in zip(high, densities, strict=True)]
-    low = [np.zeros(DIGIT, np.int64) for _ in range(inputs)]
+    lows = [Low(place) for place in places]
 
     def second(job: Job, work: Workspace) -> None:
-        mine = [[np.zeros(DIGIT, np.int64)] for _ in range(inputs)]
+        mine = [[Low(place)] for place in places]
         for chunk in walk(job, work):
-            count_low(chunk, [[p] for p in places], mine)
+            count_low(chunk, mine, work)
         with lock:
-            for total, [part] in zip(low, mine, strict=True):
-                total += part
+            for low, [part] in zip(lows, mine, strict=True):
+                low.merge(part)
 
     in_parallel(jobs, second, threads=threads, device=device)
-    whole = [cut(place, counts, ties) for place, counts in zip(places, low, strict=True)]
+    whole = [cut(low, ties) for low in lows]
     equal: dict[str, list[int]] = {}
 
     def third(job: Job, work: Workspace) -> None:
         counts = [0] * inputs
         for chunk in walk(job, work):
-            for i, (magnitude, c) in enumerate(zip(chunk, whole, strict=True)):
-                counts[i] += int(torch.count_nonzero(magnitude == c.threshold))
+            for i, (d, c) in enumerate(zip(chunk, whole, strict=True)):
+                counts[i] += int(torch.count_nonzero(d.abs() == c.threshold))
         equal[job.out.name] = counts
 
     in_parallel(jobs, third, threads=threads, device=device)

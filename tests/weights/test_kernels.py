@@ -10,7 +10,7 @@ from surgery.weights import streams as streams_module
 from surgery.weights.combinations import gram
 from surgery.weights.kernels import KERNELS, merged
 from surgery.weights.methods import METHODS
-from surgery.weights.selection import cuts, magnitudes
+from surgery.weights.selection import cuts
 from surgery.weights.streams import Streams, Workspace
 
 SHAPES = [(70, 33), (257,), (3, 5, 7), (1, 900), ()]
@@ -63,6 +63,7 @@ CASES = [
     ("breadcrumbs_ties", 3, {"density": 0.14, "normalize": "none", "weight": [0.4, 0.2, 0.3]}, True),
     ("dare_linear", 2, {"density": 0.4, "keys": [11, 12]}, True),
     ("dare_linear", 2, {"density": 0.005, "keys": [11, 12]}, True),
+    ("dare_linear", 2, {"density": [0.99999, 0.0], "keys": [11, 12]}, True),
     ("dare_ties", 2, {"density": [0.4, 1.0], "rescale": "l1", "normalize": "none", "keys": [11, 12]}, True),
     ("dare_ties", 3, {"density": 0.5, "rescale": "none", "keys": [1, 2, 3]}, True),
     ("slerp", 1, {"t": 0.3}, True),
@@ -113,7 +114,7 @@ def test_radix_selection_is_a_stable_sort(n, share, update, seed):
     k = int(share * n)
     work = Workspace()
     pieces = list(d.split(37))
-    [[cut]] = cuts(lambda: magnitudes(([p] for p in pieces), lambda i, size: work.take(i, size)), [[k]])
+    [[cut]] = cuts(lambda: ([p] for p in pieces), [[k]], work)
     kept = torch.cat([cut.keep(p, torch.empty_like(p)) for p in pieces])
     mask = torch.zeros(n, dtype=torch.bool)
     mask[torch.sort(d.abs(), descending=True, stable=True).indices[:k]] = True
