@@ -138,7 +138,8 @@ class Result:
         difference = self.values - other.values
         n, observed, rng = len(self), difference.mean(axis=0), np.random.default_rng(seed)
         # A hair of slack: equal means that were added up in another order count as equal.
-        limit, far = np.abs(observed) * (1 - 1e-9) - 1e-15, 0
+        limit = np.abs(observed) * (1 - 1e-9) - 1e-15
+        far: Any = 0
         for start in range(0, permutations, 1000):  # in blocks, for the memory
             signs = rng.integers(0, 2, size=(min(1000, permutations - start), n), dtype=np.int8) * 2.0 - 1.0
             far = far + (np.abs(np.tensordot(signs / n, difference, axes=1)) >= limit).sum(axis=0)

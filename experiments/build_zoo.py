@@ -102,6 +102,8 @@ def build_family(
 ) -> dict[str, Path]:
     """Folders of `tiny-base` and of one `tiny-<task>` for each of `tasks`; trains only those that `out` lacks.
 
+    Trains in spawned processes: a script that calls this needs `if __name__ == "__main__":`.
+
     Without `out` the family lives in the cache, in a folder named after the recipe's hash, and members that the
     package ships with the same recipe are copied from there. Raises `SurgeryError` for an unknown task, and when `out`
     holds a family of another recipe.

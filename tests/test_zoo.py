@@ -1,8 +1,11 @@
 """The zoo: the embedded family is what family.json says, and a model that is not there is a sentence."""
 
+import importlib.util
 import json
 import os
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,17 @@ from surgery.zoo import TINY, get, list_models
 
 FAMILY = json.loads((TINY / "family.json").read_text())
 MEMBERS = sorted(FAMILY["accuracies"])
+
+
+@pytest.fixture(scope="module")
+def build():
+    """The script that trains the family, as a module."""
+    file = Path(__file__).parents[1] / "experiments" / "build_zoo.py"
+    spec = importlib.util.spec_from_file_location("build_zoo", file)
+    module = sys.modules["build_zoo"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["build_zoo"]
 
 
 def test_the_list_names_every_model_and_what_it_needs():
@@ -126,6 +140,35 @@ def test_a_converted_model_is_used_again(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         get("smollm2")
     assert os.listdir(tmp_path / "other") == []  # no half model, under any name
+
+
+def test_the_shipped_family_is_that_of_the_script(build):
+    assert FAMILY["hash"] == build.recipe_hash(0)
+    assert {f"tiny-{t}" for t in build.SHIPPED} | {"tiny-base"} == set(MEMBERS)
+    assert build.character_tokenizer().get_vocab() == load(get("tiny-base"))[1].get_vocab()
+
+
+def test_training_repeats_and_lowers_the_loss(build):
+    stage = build.Stage({"rotate": 0.9, "copy": 0.1}, steps=4, batch=8, lr=3e-4)
+    models = [load(get("tiny-base"))[0] for _ in range(2)]
+    losses = [build.train(m, stage, seed=5) for m in models]
+    assert losses[0] == losses[1]
+    assert all(torch.equal(a, b) for a, b in zip(*[m.state_dict().values() for m in models], strict=True))
+    assert build.train(models[0], build.Stage({"rotate": 1.0}, steps=12, batch=16, lr=3e-4), seed=5) < losses[0]
+
+
+def test_a_family_folder_keeps_to_one_recipe(build, tmp_path, monkeypatch):
+    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path))
+    members = build.build_family(None, ["chain"])  # found in the package: nothing is trained
+    assert list(members) == ["tiny-base", "tiny-chain"]
+    weights = [folder / "model.safetensors" for folder in (members["tiny-chain"], TINY / "tiny-chain")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    folder = members["tiny-base"].parent
+    assert folder.name == FAMILY["hash"] and build.build_family(folder, ["chain"]) == members
+    with pytest.raises(SurgeryError, match="another recipe or seed"):
+        build.build_family(folder, ["chain"], seed=1)
+    with pytest.raises(SurgeryError, match="no task 'chian'"):
+        build.build_family(folder, ["chian"])
 
 
 @pytest.mark.real
