@@ -19,6 +19,7 @@ from surgery.checkpoint.header import TensorInfo, dtype_code
 from surgery.checkpoint.reader import Source, open_checkpoint
 from surgery.checkpoint.writer import check_target
 from surgery.errors import SurgeryError
+from surgery.weights.alignment import Aligned, align_sources, refuse_other_tokens
 from surgery.weights.recipe import ModelRef, Recipe, Slice, relative_depth, resolve
 from surgery.weights.recipe.schema import Input
 from surgery.weights.recipe.signatures import signature_of
@@ -78,8 +79,8 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     """Tensors of inputs that are not in the output, each with the reason."""
-    vocabulary: Any = None
-    """A `surgery.weights.alignment.Aligned` when vocabularies are brought together."""
+    vocabulary: Aligned | None = None
+    """How vocabularies are brought together, where the recipe asks for it."""
 
     @property
     def out_bytes(self) -> int:
@@ -164,13 +165,13 @@ class _Planner:
         template = recipe.base or recipe.slices[0].inputs[0].model
         plan.template = self.index[template.identity]
         self.plan_.sources = self.sources = self._untied(self.sources)
-        if recipe.tokenizer is not None or self._vocabularies_differ():
-            from surgery.weights.alignment import align_sources
-
-            self.plan_.vocabulary = align_sources(recipe, self.refs, self.sources, plan.template)
-            self.plan_.sources = self.sources = self.plan_.vocabulary.sources
-            plan.config_changes |= self.plan_.vocabulary.config_changes
-            plan.notes += self.plan_.vocabulary.notes
+        if recipe.tokenizer is None:
+            self._refuse_other_vocabularies()
+        else:
+            plan.vocabulary = align_sources(recipe, self.refs, self.sources, plan.template)
+            plan.sources = self.sources = plan.vocabulary.sources
+            plan.config_changes |= plan.vocabulary.config_changes
+            plan.notes += plan.vocabulary.notes
         jobs: dict[str, Job] = {}
         for module in recipe.modules.values():
             if all(piece.depth is None for piece in module.slices):
@@ -332,8 +333,8 @@ class _Planner:
             )
         return out
 
-    def _vocabularies_differ(self) -> bool:
-        """Whether embeddings have different numbers of rows. Raises `SurgeryError`: the recipe must say what to do."""
+    def _refuse_other_vocabularies(self) -> None:
+        """Raises `SurgeryError` when embeddings or tokens differ: the recipe must say what to do."""
         rows = {}
         for ref, source in zip(self.refs, self.sources, strict=True):
             name = anatomy.input_embedding(source.tensors)
@@ -346,7 +347,7 @@ class _Planner:
                 hint="Add `vocab: base`, `union` or `intersection` (mergekit: tokenizer_source); "
                 "rows are then aligned by token string.",
             )
-        return False
+        refuse_other_tokens(self.refs, self.sources)
 
     # ---- telling ---------------------------------------------------------------------------------------------------
 
