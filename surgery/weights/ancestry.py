@@ -30,7 +30,8 @@ MAX_LOSS = 0.3
 class Vector(Protocol):
     """What deltas are read from, in float32: a task vector, for instance."""
 
-    tensors: dict[str, TensorInfo]
+    @property
+    def tensors(self) -> dict[str, TensorInfo]: ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor: ...
 
@@ -191,11 +192,13 @@ def sanity(vector: Vector, target: Source | None = None, *, dtype: str | None = 
     One streaming pass. Tensors that the target lacks are left to `compare`.
     """
 
+    infos = vector.tensors
+
     def measure(name: str) -> tuple[float, int, int, float, int, float]:
         dd = loss = wanted = 0.0
         zeros = bad = vanished = 0
         goal = target.tensors.get(name) if target is not None else None
-        fits = goal is not None and goal.is_float and goal.shape == vector.tensors[name].shape
+        fits = goal is not None and goal.is_float and goal.shape == infos[name].shape
         sources = (vector, target) if fits and target is not None else (vector,)
         for d, *t in blocks(sources, name):
             d = d.float()
@@ -216,9 +219,9 @@ def sanity(vector: Vector, target: Source | None = None, *, dtype: str | None = 
                 wanted += square * scale * scale
         return dd, zeros, bad, loss, vanished, wanted
 
-    names = [n for n, info in vector.tensors.items() if info.numel]
+    names = [n for n, info in infos.items() if info.numel]
     found = _each_tensor(names, measure, threads)
-    numel = sum(vector.tensors[n].numel for n in names)
+    numel = sum(infos[n].numel for n in names)
     zeros, lost, vanished, wanted = (math.fsum(found[n][i] for n in names) for i in (1, 3, 4, 5))
     return Sanity(
         norm={n: math.sqrt(found[n][0]) for n in names},

@@ -16,6 +16,7 @@ from typing import Any
 from surgery.anatomy import input_embedding, output_head
 from surgery.checkpoint.header import TensorInfo
 from surgery.checkpoint.reader import Source
+from surgery.checkpoint.vocabulary import Vocabulary, difference
 from surgery.errors import SurgeryError
 from surgery.weights.ancestry import ancestry, blocks
 from surgery.weights.findings import CompatibilityReport, Finding, Level, listed
@@ -61,7 +62,7 @@ _DERIVED = re.compile(r"(inv_freq|attn\.bias|attention\.bias|masked_bias|positio
 
 
 def compare(base: Source, others: Sequence[Source]) -> list[Finding]:
-    """Findings on configs, tensor names, shapes, types, heads and integer buffers of all inputs.
+    """Findings on configs, tensor names, shapes, types, heads, integer buffers and vocabularies of all inputs.
 
     Everything that differs is listed, not only the first. Raises `SurgeryError` when there is nothing to compare.
     """
@@ -70,7 +71,7 @@ def compare(base: Source, others: Sequence[Source]) -> list[Finding]:
     findings: list[Finding] = []
     for other in others:
         label = _label(other, others)
-        for look in (_same_folder, _configs, _tensors, _types, _heads, _buffers):
+        for look in (_same_folder, _configs, _tensors, _types, _heads, _buffers, _vocabularies):
             findings += look(base, other, label)
     resolved = [other.path.resolve() for other in others]
     twice = sorted({str(path) for path in resolved if resolved.count(path) > 1})
@@ -226,3 +227,20 @@ def _buffers(base: Source, other: Source, label: str) -> Iterator[Finding]:
         yield Finding("fail", "buffers", detail, "They can't be averaged: make them equal first.", tuple(unequal))
     elif shared:
         yield Finding("pass", "buffers", f"{label}: {len(shared)} buffers of whole numbers equal.")
+
+
+def _vocabularies(base: Source, other: Source, label: str) -> Iterator[Finding]:
+    lacking = [str(s.path) for s in (base, other) if not (s.path / "tokenizer.json").is_file()]
+    if lacking:
+        if len(lacking) == 1:
+            yield Finding("warn", "tokenizer", f"{lacking[0]} has no tokenizer.json: vocabularies were not compared.")
+        return
+    differ = difference(Vocabulary.open(base.path), Vocabulary.open(other.path))
+    if differ.equal:
+        yield Finding("pass", "tokenizer", f"{label}: {differ.sizes[1]:,} tokens equal.")
+    elif differ.same_rows:
+        hint = "Rows mean the same tokens; the base's tokenizer will be kept."
+        yield Finding("warn", "tokenizer", str(differ), hint)
+    else:
+        hint = "Rows mean other tokens: align them by token (base, union or intersection)."
+        yield Finding("fail", "tokenizer", str(differ), hint)

@@ -6,7 +6,16 @@ import math
 
 import pytest
 import torch
-from helpers import load_state, read_json, save_checkpoint, tiny_checkpoint, tiny_family, write_json
+from helpers import (
+    load_state,
+    read_json,
+    save_checkpoint,
+    tiny_checkpoint,
+    tiny_family,
+    tiny_tokenizer,
+    words,
+    write_json,
+)
 
 from surgery.checkpoint import TensorInfo, open_checkpoint
 from surgery.errors import SurgeryError
@@ -50,7 +59,7 @@ def test_a_family_passes(tmp_path):
     base, tuned = tiny_family(tmp_path, 2, dtype="bfloat16")
     report = compatibility.check(open_checkpoint(base), [open_checkpoint(t) for t in tuned])
     assert report.ok and report.exit_code == 0 and not report.warnings, report.findings
-    assert {f.what for f in report.findings} >= {"config", "tensors", "ancestry"}
+    assert {f.what for f in report.findings} >= {"config", "tensors", "tokenizer", "ancestry"}
     assert set(report.measures) == {"tuned0", "tuned1"}
     json.dumps(report.to_dict(), allow_nan=False)
 
@@ -144,6 +153,20 @@ def test_other_types_warn_and_codes_fail(pair):
     findings = compare(base, tuned)
     assert "BF16 (base F32)" in found(findings, "warn", "types")[0].detail
     assert found(findings, "fail", "types")[0].tensors == ("model.norm.weight",)
+
+
+def test_vocabularies(tmp_path, pair):
+    base, tuned = pair
+    assert found(compare(base, tuned), "pass", "tokenizer")
+    tokens = words(40)
+    tiny_tokenizer(tuned, [*tokens[:-2], tokens[-1], tokens[-2]])
+    assert found(compare(base, tuned), "fail", "tokenizer")
+    tiny_tokenizer(tuned, tokens)
+    settings = read_json(tuned / "tokenizer_config.json")
+    write_json(tuned / "tokenizer_config.json", settings | {"eos_token": "<pad>"})
+    assert "<pad>" in found(compare(base, tuned), "warn", "tokenizer")[0].detail
+    (tuned / "tokenizer.json").unlink()
+    assert "not compared" in found(compare(base, tuned), "warn", "tokenizer")[0].detail
 
 
 def test_the_same_folder(pair):
