@@ -16,7 +16,7 @@ shapes, so that giant rows (fused experts) stay bounded in memory, and the answe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,6 +46,10 @@ class Expression:
     def restored(self, name: str, start: int, stop: int, base: Tensor) -> Tensor:
         """The tuned model's own bits of a range, given the base's stored numbers of the same range."""
         raise NotImplementedError
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """(left, right) of shapes m x R and R x n, float32, when the tensor is known to be their product."""
+        return None
 
     def anchors(self) -> tuple[Anchor, ...]:
         """The bases that the differences were taken from, each once; empty when none is known."""
@@ -139,6 +143,13 @@ class Combination(Expression):
         assert total is not None
         return total
 
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        pairs = [(factor, part.factors(name)) for factor, part in self.terms if name in part.shapes]
+        known = [(factor * pair[0], pair[1]) for factor, pair in pairs if pair is not None]
+        if len(known) < len(pairs):
+            return None
+        return torch.cat([left for left, _ in known], 1), torch.cat([right for _, right in known])
+
     def parts(self) -> tuple[Expression, ...]:
         return tuple(part for _, part in self.terms)
 
@@ -171,10 +182,7 @@ def combine(*terms: tuple[float, Expression]) -> Expression:
         inner = part.terms if isinstance(part, Combination) else ((1.0, part),)
         for own, expression in inner:
             flattened[expression] = flattened.get(expression, 0.0) + factor * own
-    shapes: dict[str, tuple[int, ...]] = {}
-    for _, part in terms:
-        _check_same(terms[0][1], part)
-        shapes |= part.shapes
+    shapes = shapes_of(terms)
     kept = {part: factor for part, factor in flattened.items() if factor != 0}
     for part, factor in flattened.items():  # tensors that only vanished terms had stay known, as zeros
         if factor == 0 and not part.shapes.keys() <= {name for other in kept for name in other.shapes}:
@@ -182,6 +190,15 @@ def combine(*terms: tuple[float, Expression]) -> Expression:
     if len(kept) == 1 and next(iter(kept.values())) == 1:
         return next(iter(kept))
     return Combination(tuple((factor, part) for part, factor in kept.items()), shapes)
+
+
+def shapes_of(terms: Sequence[tuple[float, Expression]]) -> dict[str, tuple[int, ...]]:
+    """All tensors of a sum. Raises `SurgeryError` for terms that can't be added, see `combine`."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for _, part in terms:
+        _check_same(terms[0][1], part)
+        shapes |= part.shapes
+    return shapes
 
 
 def _check_same(first: Expression, other: Expression) -> None:
@@ -210,10 +227,10 @@ def _check_same(first: Expression, other: Expression) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Weighted(Expression):
-    """`part` with tensor `name` multiplied by `factors[name]`."""
+    """`part` with tensor `name` multiplied by `weights[name]`."""
 
     part: Expression
-    factors: Mapping[str, float] = field(repr=False)
+    weights: Mapping[str, float] = field(repr=False)
     note: str = "factors"
 
     @property
@@ -221,7 +238,11 @@ class Weighted(Expression):
         return self.part.shapes
 
     def flat(self, name: str, start: int, stop: int) -> Tensor:
-        return self.part.flat(name, start, stop).mul_(self.factors[name])
+        return self.part.flat(name, start, stop).mul_(self.weights[name])
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        known = self.part.factors(name)
+        return None if known is None else (self.weights[name] * known[0], known[1])
 
     def parts(self) -> tuple[Expression, ...]:
         return (self.part,)
@@ -230,7 +251,7 @@ class Weighted(Expression):
         return replace(self, part=self.part.over(change))
 
     def key(self) -> Any:
-        return self.part, tuple(self.factors.items())
+        return self.part, tuple(self.weights.items())
 
     def __str__(self) -> str:
         return f"({self.part}).scaled({self.note})"
@@ -246,6 +267,9 @@ class Restricted(Expression):
 
     def flat(self, name: str, start: int, stop: int) -> Tensor:
         return self.part.flat(name, start, stop)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        return self.part.factors(name)
 
     def exact(self, name: str) -> str | None:
         return self.part.exact(name)
@@ -278,6 +302,9 @@ class Unbound(Expression):
 
     def flat(self, name: str, start: int, stop: int) -> Tensor:
         return self.part.flat(name, start, stop)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        return self.part.factors(name)
 
     def anchors(self) -> tuple[Anchor, ...]:
         return ()

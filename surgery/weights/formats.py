@@ -10,13 +10,14 @@
 | sign     | signs, and a mean for each matrix                                 | 1/8                            |
 | int8     | 8-bit steps, and a scale for each block                           | 1 + 4 / block                  |
 
-The last four lose something and are in compressed.py. A new form is one class and one row. How they are put into a file: vector_file.py.
+The last four lose something and are in compressed.py. A new form is one class and one row. How they are
+put into a file: vector_file.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -52,10 +53,6 @@ class Delta:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
-
-    @property
-    def is_matrix(self) -> bool:
-        return len(self.shape) == 2 and min(self.shape) > 1
 
     def flat(self, start: int, stop: int) -> Tensor:
         return self.expression.flat(self.name, start, stop)
@@ -164,8 +161,8 @@ class Lossless(Form):
         counts = []
         for start, stop in ranges(delta.numel):
             changed = _changed(*_pair(delta, start, stop))
-            counts += [np.count_nonzero(changed[a:b]) for a, b in ranges(stop - start, BLOCK)]
-        starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]) if counts else np.zeros(1, np.int64)
+            counts += [int(np.count_nonzero(changed[a:b])) for a, b in ranges(stop - start, BLOCK)]
+        starts = starts_of(counts)
         return {"dtype": dtype, "changed": int(starts[-1]), "_starts": starts[:-1]}
 
     def layout(self, shape: tuple[int, ...], note: Note) -> Layout:
@@ -205,7 +202,7 @@ class Lossless(Form):
             return kept.part("whole", start, stop)
         restored = base.to(dtype, copy=True)
         if parts:
-            positions, first = _set_bits(kept, start, stop)
+            positions, first = set_bits(kept, start, stop)
             values = kept.part("values", first, first + len(positions))
             if len(values) != len(positions):
                 raise kept.damaged("has fewer values than its mask says")
@@ -247,13 +244,21 @@ def _changed(base: np.ndarray, tuned: np.ndarray) -> np.ndarray:
     return base != tuned
 
 
-def _set_bits(kept: Kept, start: int, stop: int) -> tuple[np.ndarray, int]:
+def starts_of(counts: Sequence[int]) -> np.ndarray:
+    """How many numbers stand before each block, and how many there are in all (int64)."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+def set_bits(kept: Kept, start: int, stop: int) -> tuple[np.ndarray, int]:
     """Where in `start:stop` the mask is set (from `start` on), and the number of set bits before `start`."""
     block = start // BLOCK
     before = int(kept.part("starts", block, block + 1)[0])
+    if before < 0:
+        raise kept.damaged("has a broken table of contents")
     skipped = start - block * BLOCK
     low, high = block * BLOCK // 8, -(-stop // 8)
     bits = np.unpackbits(kept.part("mask", low, high).numpy(), bitorder="little")[: stop - block * BLOCK]
+    bits = bits.view(bool)  # the same bytes: numpy counts and finds booleans several times faster
     if skipped:
         before += int(np.count_nonzero(bits[:skipped]))
     return np.flatnonzero(bits[skipped:]), before

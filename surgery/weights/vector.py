@@ -28,12 +28,13 @@ from torch import Tensor
 from surgery.anatomy import layer_of, num_layers
 from surgery.checkpoint import Source, TensorInfo, open_checkpoint
 from surgery.errors import SurgeryError
-from surgery.weights.expression import Difference, Expression, Restricted, Unbound, Weighted, combine
+from surgery.weights.expression import Difference, Expression, Restricted, Unbound, Weighted, combine, shapes_of
 from surgery.weights.sources import Anchor, flat, label, ranges, same_heads
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from surgery.weights.adapters import ExportedLora
     from surgery.weights.apply import Applied
     from surgery.weights.live import Undo
     from surgery.weights.vector_file import Saved
@@ -171,7 +172,7 @@ class TaskVector:
 
     @staticmethod
     def analogy(a: TaskVector, b: TaskVector, c: TaskVector) -> TaskVector:
-        """ ""a is to b as c is to d": d_D = d_C + (d_B - d_A) (arXiv:2212.04089, section 5)."""
+        """A is to B as C is to D: d_D = d_C + (d_B - d_A) (arXiv:2212.04089, section 5)."""
         return c + (b - a)
 
     def scaled(
@@ -219,6 +220,32 @@ class TaskVector:
         """The tensors that `only(*patterns)` leaves out."""
         return self._filtered(patterns, False)
 
+    def sparsified(self, density: float, method: str = "magnitude", **options: Any) -> TaskVector:
+        """Most numbers dropped, by "magnitude", "breadcrumbs" (`top`) or "random" (`seed`, `rescale`): sparse.py."""
+        from surgery.weights.sparse import Sparse
+
+        return TaskVector(Sparse(self.expression, density, method, options))
+
+    def low_rank(self, rank: int | None = None, *, energy: float | None = None, seed: int = 0) -> TaskVector:
+        """Every matrix approximated by `rank`, or by the rank that keeps `energy` of its squared norm: low_rank.py."""
+        from surgery.weights.low_rank import LowRank
+
+        if (rank is None) == (energy is None):
+            raise SurgeryError("low_rank needs either a rank or an energy.")
+        return TaskVector(LowRank(self.expression, rank, energy, seed))
+
+    @staticmethod
+    def merged(vectors: Sequence[TaskVector], method: str = "ties", *, seed: int = 0, **parameters: Any) -> TaskVector:
+        """Vectors made into one by a merge method that works on differences (`ties`, `breadcrumbs`, ...)."""
+        from surgery.weights.methods import METHODS
+        from surgery.weights.sparse import Merged
+
+        if not vectors or not METHODS.lookup(method).needs_base:
+            raise SurgeryError(f"'{method}' does not merge differences, or there are none.", hint="Try 'ties'.")
+        expressions = tuple(v.expression for v in vectors)
+        shapes = shapes_of([(1.0, e) for e in expressions])  # refuses what does not fit
+        return TaskVector(Merged(expressions, method, parameters, seed, shapes))
+
     def unbound(self) -> TaskVector:
         """The same numbers with the base forgotten, so that they can be added to vectors of another base."""
         return TaskVector(Unbound(self.expression))
@@ -241,6 +268,12 @@ class TaskVector:
         from surgery.weights.apply import apply
 
         return apply(self.expression, _open(base), out, scale=scale, **options)
+
+    def export_lora(self, out: str | Path, **options: Any) -> ExportedLora:
+        """Writes it as a PEFT LoRA by `rank`, `energy` or `budget`; see `adapters.export_lora`."""
+        from surgery.weights.adapters import export_lora
+
+        return export_lora(self.expression, out, **options)
 
     def apply_to(self, model: nn.Module, scale: float = 1.0) -> Undo:
         """Adds scale * vector to a model in memory; calling `undo()` on the answer restores it bit for bit."""

@@ -26,6 +26,7 @@ from surgery.checkpoint.reader import SINGLE
 from surgery.checkpoint.writer import check_target
 from surgery.errors import SurgeryError
 from surgery.registry import nearest
+from surgery.weights.compressed import LowRankForm
 from surgery.weights.expression import Difference, Expression
 from surgery.weights.formats import FORMS, Delta, Form, Kept, Note
 from surgery.weights.sources import Anchor, config_digest, tokenizer_digest
@@ -249,6 +250,10 @@ class Stored(Expression):
 
     def restored(self, name: str, start: int, stop: int, base: Tensor) -> Tensor:
         return self.file.form.restore(self.kept(name), start, stop, base)  # type: ignore[attr-defined]
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        form = self.file.form
+        return form.factors(self.kept(name)) if isinstance(form, LowRankForm) else None
 
     def bound(self, base: Source) -> Stored:
         """The same vector with its base at hand."""
