@@ -7,24 +7,25 @@ here the rows are fetched. A merge then sees models of one shape and knows nothi
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery import anatomy
 from surgery.checkpoint.companions import companion_folder
-from surgery.checkpoint.reader import Source
+from surgery.checkpoint.reader import Source, locate, read_json
 from surgery.checkpoint.token_alignment import Alignment, Donor, align
 from surgery.checkpoint.tokenizer_files import write_tokenizer
 from surgery.checkpoint.vocabulary import Vocabulary, difference
-from surgery.checkpoint.writer import CheckpointWriter
 from surgery.errors import SurgeryError
 from surgery.weights.recipe import ModelRef, Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
 
 
 @dataclass
@@ -33,14 +34,24 @@ class Aligned:
 
     sources: list[Source]
     alignment: Alignment
+    vocabulary: Vocabulary
+    """That of the template, which its configs were written for."""
     config_changes: dict[str, Any]
     notes: list[str]
 
-    def write_tokenizer(self, writer: CheckpointWriter) -> None:
-        """Puts the output's tokenizer into the writer's folder."""
+    @contextmanager
+    def tokenizer_folder(self) -> Iterator[Path]:
+        """Within: a temporary folder that holds the output's tokenizer."""
         with tempfile.TemporaryDirectory() as folder:
-            for path in sorted(write_tokenizer(self.alignment, folder).iterdir()):
-                writer.add_file(path.name, path.read_bytes())
+            yield write_tokenizer(self.alignment, folder)
+
+    def generation_config(self, template: Source) -> dict[str, Any] | None:
+        """The template's generation config with token ids renumbered; None when it has none."""
+        folder = companion_folder(template)
+        if not (folder / GENERATION).is_file():
+            return None
+        config = read_json(folder / GENERATION)
+        return config | self.alignment.config_changes(config, self.vocabulary)
 
 
 def align_sources(recipe: Recipe, refs: Sequence[ModelRef], sources: Sequence[Source], template: int) -> Aligned:
@@ -53,7 +64,10 @@ def align_sources(recipe: Recipe, refs: Sequence[ModelRef], sources: Sequence[So
     number = {ref.identity: i for i, ref in enumerate(refs)}
     vocabularies = [Vocabulary.open(companion_folder(source)) for source in sources]
     heights = [_height(source) for source in sources]
-    mode: str | int = number[rule.model.identity] if rule.model else rule.source
+    mode: str | int | Vocabulary = rule.source
+    if rule.model is not None:
+        same = number.get(rule.model.identity)
+        mode = Vocabulary.open(locate(rule.model.path, revision=rule.model.revision)) if same is None else same
     donors: dict[str, Donor | None] = {}
     for token, each in rule.tokens.items():
         if each.kind == "default":
@@ -62,6 +76,11 @@ def align_sources(recipe: Recipe, refs: Sequence[ModelRef], sources: Sequence[So
             donors[token] = Donor(None, force=each.force)
         else:
             assert each.model is not None
+            if each.model.identity not in number:
+                raise SurgeryError(
+                    f"The rule for the token {token!r} takes its row from {each.model}, which is not merged.",
+                    hint="Name one of the models.",
+                )
             donors[token] = Donor(number[each.model.identity], each.token, each.token_id, each.force)
     alignment = align(
         vocabularies,
@@ -79,7 +98,7 @@ def align_sources(recipe: Recipe, refs: Sequence[ModelRef], sources: Sequence[So
     if borrowed:
         notes.append(f"{borrowed:,} of {alignment.size:,} vocabulary rows are missing in some model and were borrowed.")
     changes = alignment.config_changes(sources[template].config, vocabularies[template])
-    return Aligned(wrapped, alignment, changes, notes)
+    return Aligned(wrapped, alignment, vocabularies[template], changes, notes)
 
 
 def refuse_other_tokens(refs: Sequence[ModelRef], sources: Sequence[Source]) -> None:

@@ -13,8 +13,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -83,7 +83,7 @@ class Merged:
 
 
 def merge(
-    recipe: Recipe | Mapping[str, Any] | str | Path,
+    recipe: Recipe | Sequence[Recipe] | Mapping[str, Any] | str | Path,
     out: str | Path,
     *,
     threads: int | None = None,
@@ -95,10 +95,11 @@ def merge(
 ) -> Merged:
     """Carries out `recipe` and writes the folder `out`: weights, config, tokenizer, card and provenance record.
 
-    `recipe` is a `Recipe`, a dictionary, or YAML as text or path, in our dialect or mergekit's; a file of several
-    stages is run in order, and the last is the result. `threads` defaults to the number of cores. `rounding`
-    "stochastic" rounds up or down by seeded chance, so that small updates survive on average. An interrupted run
-    is resumed when called again. Raises `SurgeryError` before anything is written for whatever headers can tell.
+    `recipe` is a `Recipe`, a dictionary, or YAML as text or path, in our dialect or mergekit's; the stages of a file
+    (or of a list, as `load_recipes` gives it) are run in order, and the last is the result. `threads` defaults to the
+    number of cores. `rounding` "stochastic" rounds up or down by seeded chance, so that small updates survive on
+    average. An interrupted run is resumed when called again. Raises `SurgeryError` before anything is written for
+    whatever headers can tell.
     """
     out = Path(out).expanduser()
     stages = _stages(recipe)
@@ -189,19 +190,19 @@ def execute(
         )
         result.notes += _observations(result)
         record = _provenance(ready, result, rounding)
-        base = ready.sources[ready.template]
-        write_companions(
-            writer,
-            base,
-            out_dtype=None,
-            config_changes=ready.config_changes,
-            tokenizer_from=_tokenizer_folder(ready),
-            chat_template=_chat_template(recipe.chat_template),
-            card=model_card(record, Path(out).name, base),
-            provenance=record,
-        )
-        if ready.vocabulary is not None:
-            ready.vocabulary.write_tokenizer(writer)
+        base, vocabulary = ready.sources[ready.template], ready.vocabulary
+        with vocabulary.tokenizer_folder() if vocabulary else nullcontext() as tokenizer:
+            write_companions(
+                writer,
+                base,
+                config_changes=ready.config_changes,
+                tokenizer_from=tokenizer,
+                chat_template=_chat_template(recipe.chat_template),
+                card=model_card(record, Path(out).name, base),
+                provenance=record,
+            )
+        if vocabulary is not None and (generation := vocabulary.generation_config(base)) is not None:
+            writer.add_file("generation_config.json", json.dumps(generation, indent=2) + "\n")
     result.seconds = time.perf_counter() - began
     return result
 
@@ -328,10 +329,12 @@ class _Budget:
                 self.free.notify_all()
 
 
-def _stages(recipe: Recipe | Mapping[str, Any] | str | Path) -> list[Recipe]:
+def _stages(recipe: Recipe | Sequence[Recipe] | Mapping[str, Any] | str | Path) -> list[Recipe]:
     if isinstance(recipe, Recipe):
         return [recipe]
-    return [recipe_from_source(recipe)] if isinstance(recipe, Mapping) else load_recipes(recipe)
+    if isinstance(recipe, Mapping):
+        return [recipe_from_source(recipe)]
+    return load_recipes(recipe) if isinstance(recipe, (str, Path)) else list(recipe)
 
 
 def _digest(ready: Plan, rounding: str) -> str:
@@ -387,15 +390,6 @@ def _provenance(ready: Plan, result: Merged, rounding: str) -> Provenance:
         role = "base" if recipe.base is not None and ref.identity == recipe.base.identity else "tuned"
         record.inputs.append({"name": str(ref), "role": role, **fingerprint(source), "tensors": sums[i]})
     return record
-
-
-def _tokenizer_folder(ready: Plan) -> Path | None:
-    """Whose tokenizer travels: the one that the recipe names, else that of the template."""
-    rule = ready.recipe.tokenizer
-    if rule is None or rule.source != "model" or rule.model is None:
-        return None
-    number = next(i for i, ref in enumerate(ready.refs) if ref.identity == rule.model.identity)
-    return ready.sources[number].path
 
 
 def _chat_template(template: str | None) -> str | None:

@@ -132,11 +132,17 @@ def plan(recipe: Recipe, *, out: str | Path | None = None, force: bool = False, 
 
     With `out`, also refuses an output that exists (unless `force`) or that is one of the inputs.
     """
-    refs = recipe.models
+    refs = [ref for ref in recipe.models if ref.identity in _merged(recipe)]
     sources = [open_checkpoint(ref.spec, allow_pickle=allow_pickle, revision=ref.revision) for ref in refs]
     if out is not None:
         check_output(Path(out), [Path(p) for ref in refs for p in (ref.path, ref.lora) if p], force=force)
     return _Planner(recipe, refs, sources).plan()
+
+
+def _merged(recipe: Recipe) -> set[tuple[str, ...]]:
+    """The models whose tensors are used; a folder that lends only its tokenizer needs no weights."""
+    items = [item for piece in recipe.slices for item in (piece.base, *piece.inputs) if item is not None]
+    return {item.model.identity for item in items} | ({recipe.base.identity} if recipe.base else set())
 
 
 def check_output(out: Path, inputs: Iterable[Path], *, force: bool = False) -> None:
