@@ -240,7 +240,7 @@ class TaskVector:
         from surgery.weights.methods import METHODS
         from surgery.weights.sparse import Merged
 
-        if not vectors or not METHODS.lookup(method).needs_base:
+        if not vectors or METHODS.lookup(method).needs_base is not True:
             raise SurgeryError(f"'{method}' does not merge differences, or there are none.", hint="Try 'ties'.")
         expressions = tuple(v.expression for v in vectors)
         shapes = shapes_of([(1.0, e) for e in expressions])  # refuses what does not fit

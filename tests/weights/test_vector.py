@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from surgery.checkpoint import open_checkpoint
 from surgery.errors import SurgeryError
-from surgery.weights import sources
+from surgery.weights import sources, sparsify
 from surgery.weights.vector import TaskVector
 
 
@@ -56,7 +56,7 @@ def test_nothing_is_read_before_it_is_asked_for(family, monkeypatch):
 
     monkeypatch.setattr("surgery.checkpoint.reader.Checkpoint.read", refuse)
     a, b = (TaskVector.between(base, t) for t in tuned[:2])
-    vector = (0.5 * (a + b) - 3 * a).only("mlp").scaled(gradient=[0, 1])
+    vector = (0.5 * (a + b) - 3 * a).only("mlp").scaled(gradient=[0, 1]).low_rank(2).sparsified(0.5)
     assert "tuned0 - base" in repr(vector)
     with pytest.raises(AssertionError, match="too early"):
         vector.tensor(NAME)
@@ -313,3 +313,61 @@ def test_the_file_says_what_it_is(tmp_path, family, vectors):
     loaded = TaskVector.load(tmp_path / "v.safetensors")
     assert str(loaded) == "tuned0 - base"
     assert (loaded + vectors[1]).tensor(NAME).equal((vectors[0] + vectors[1]).tensor(NAME))
+
+
+@pytest.fixture(scope="module")
+def coarse(tmp_path_factory):
+    """A bfloat16 pair with many equal magnitudes, over several blocks."""
+    folder = tmp_path_factory.mktemp("coarse")
+    g = torch.Generator().manual_seed(0)
+    base = {"w": (0.02 * torch.randn(400, 901, generator=g)).bfloat16()}
+    tuned = {"w": (base["w"].float() + 1e-4 * torch.randn(400, 901, generator=g)).bfloat16()}
+    return TaskVector.between(save_checkpoint(folder / "b", base, {}), save_checkpoint(folder / "t", tuned, {}))
+
+
+@pytest.mark.parametrize(
+    "density, method, options",
+    [(0.2, "magnitude", {}), (0.002, "magnitude", {}), (0.9, "magnitude", {}), (1.0, "magnitude", {}),
+     (0.0, "magnitude", {}), (0.15, "breadcrumbs", {"top": 0.02}), (0.6, "breadcrumbs", {"top": 0.1})],
+)  # fmt: skip
+def test_sparsified_is_the_mask_of_the_reference(coarse, density, method, options):
+    d = coarse.tensor("w")
+    mask = sparsify.band(d, density, **options) if options else sparsify.magnitude(d, density)
+    found = coarse.sparsified(density, method, **options)
+    assert found.tensor("w").equal(d * mask)
+    assert found.read("w", 17, 333).equal((d * mask)[17:333])
+
+
+def test_sparsified_at_random(coarse):
+    d = coarse.tensor("w")
+    found = coarse.sparsified(0.25, "random", seed=1)
+    kept = found.tensor("w") != 0
+    assert found.tensor("w").equal(torch.where(kept, 4 * d, 0.0))
+    assert int(kept.sum()) == pytest.approx(0.25 * int(d.count_nonzero()), rel=0.02)
+    assert found.read("w", 100, 300).equal(found.tensor("w")[100:300])
+    assert not coarse.sparsified(0.25, "random", seed=2).tensor("w").equal(found.tensor("w"))
+    plain = coarse.sparsified(0.25, "random", seed=1, rescale="none").tensor("w")
+    assert plain.equal(torch.where(kept, d, 0.0))
+
+
+def test_sparsified_takes_no_nonsense(vectors):
+    for density, method, options in [(1.5, "magnitude", {}), (0.5, "magnitud", {}), (0.5, "magnitude", {"top": 1})]:
+        with pytest.raises(SurgeryError):
+            vectors[0].sparsified(density, method, **options).tensor(NAME)
+
+
+def test_merged_by_a_method(family, vectors):
+    from surgery.weights.methods import METHODS
+
+    d = [delta(family, i, NAME) for i in range(3)]
+    zeros = torch.zeros_like(d[0])
+    merged = TaskVector.merged(vectors, "ties", density=0.3)
+    assert merged.tensor(NAME).equal(METHODS["ties"].function(d, zeros, density=0.3))
+    assert merged.read(NAME, 2, 9).equal(merged.tensor(NAME)[2:9])
+    random = TaskVector.merged(vectors, "dare_ties", seed=4)
+    assert random.tensor(NAME).equal(TaskVector.merged(vectors, "dare_ties", seed=4).tensor(NAME))
+    assert not random.tensor(NAME).equal(TaskVector.merged(vectors, "dare_ties", seed=5).tensor(NAME))
+    with pytest.raises(SurgeryError, match="tie"):
+        TaskVector.merged(vectors, "teis")
+    with pytest.raises(SurgeryError, match="does not merge differences"):
+        TaskVector.merged(vectors, "slerp")
