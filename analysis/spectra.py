@@ -33,7 +33,7 @@ def singular_values(delta: Delta, rows: int, cols: int) -> np.ndarray:
         for start, stop, panel in _panels(delta, rows, cols):
             for first, last, other in _panels(delta, stop, cols):
                 gram[start:stop, first:last] = panel @ other.T
-        gram = gram.tril() + gram.tril(-1).T
+    # Only the lower triangle is filled, and only it is read.
     return torch.linalg.eigvalsh(gram).clamp_(min=0).sqrt_().flip(0).numpy()
 
 
