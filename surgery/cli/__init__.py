@@ -1,0 +1,49 @@
+"""The command `surgery`: thin; whatever it does is one call of the Python library.
+
+| file       | commands                                                          |
+|------------|-------------------------------------------------------------------|
+| merge.py   | `merge`, `methods`                                                |
+| vector.py  | `vector extract`, `apply`, `combine`, `export-lora`               |
+| look.py    | `vector inspect`, `vector check`                                  |
+| zoo.py     | `zoo list`, `zoo get`                                             |
+| demo.py    | `demo`                                                            |
+
+Around them: frame.py (global options, what is said and how), models.py (names of models and vectors), algebra.py
+(the formulas of `vector combine`). A new command is one function with `@command(app, name)`.
+
+Exit codes: 0 done, 1 a check failed or something went wrong while running, 2 wrong input, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line `arguments` (default: the process's own) and returns its exit code."""
+    import typer
+
+    from surgery.cli import frame
+    from surgery.cli.app import app
+    from surgery.errors import SurgeryError
+
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    frame.start(words)
+    try:
+        return app(words, prog_name="surgery", standalone_mode=False) or 0
+    except SurgeryError as error:
+        return frame.failed(error, error.problem, error.hint, code=2)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        return frame.failed(error, "Stopped.", frame.STATE.on_stop, code=130)
+    except BrokenPipeError:  # the reader of our output has gone: `surgery zoo list | head -1`
+        sys.stderr.close()
+        return 1
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        return frame.failed(error, f"{error.strerror or error}{where}.", None, code=1)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # typer's own, for wrong usage
+            return frame.failed(error, error.format_message(), frame.usage_hint(words), code=2)
+        hint = "This is a fault of the program; --debug shows where it is."
+        return frame.failed(error, f"{type(error).__name__}: {error}", hint, code=1)

@@ -1,0 +1,46 @@
+"""The tree of commands, and what `surgery` itself takes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import surgery
+from surgery.cli import demo, merge, methods, vector, zoo
+from surgery.cli.frame import Debug, Json, Quiet, new_app, set_global
+
+app = new_app()
+app.add_typer(vector.app, name="vector")
+merge.register(app)
+methods.register(app)
+app.add_typer(zoo.app, name="zoo")
+demo.register(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"surgery {surgery.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def surgery_command(
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    """What did fine-tuning change in this model, and how do I change it myself?
+
+    Takes the difference between a base model and its fine-tunings out, looks at it, computes with it, and puts it
+    into a model. Begin with the small models that come with it:
+
+    \b
+    surgery demo
+    surgery vector inspect tiny-base tiny-chain tiny-shift
+    surgery merge --method ties --base tiny-base tiny-chain tiny-shift -o merged
+    """
+    set_global(json, quiet, debug)
