@@ -240,7 +240,8 @@ class TaskVector:
         from surgery.weights.methods import METHODS
         from surgery.weights.sparse import Merged
 
-        if not vectors or METHODS.lookup(method).needs_base is not True:
+        known = METHODS.lookup(method)
+        if not vectors or known.needs_base is not True or known.inputs[1] == 1:  # the others look at the base itself
             raise SurgeryError(f"'{method}' does not merge differences, or there are none.", hint="Try 'ties'.")
         expressions = tuple(v.expression for v in vectors)
         shapes = shapes_of([(1.0, e) for e in expressions])  # refuses what does not fit
