@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from surgery import anatomy
-from surgery.checkpoint.adapter import tied_pair
 from surgery.checkpoint.header import TensorInfo, dtype_code
 from surgery.checkpoint.reader import Source, open_checkpoint
 from surgery.checkpoint.writer import check_target
 from surgery.errors import SurgeryError
 from surgery.weights.alignment import Aligned, align_sources, refuse_other_tokens
+from surgery.weights.heads import head_is_copied, with_like_heads
 from surgery.weights.recipe import ModelRef, Recipe, Slice, relative_depth, resolve
 from surgery.weights.recipe.schema import Input
 from surgery.weights.recipe.signatures import signature_of
@@ -170,7 +170,13 @@ class _Planner:
         recipe, plan = self.recipe, self.plan_
         template = recipe.base or recipe.slices[0].inputs[0].model
         plan.template = self.index[template.identity]
-        self.plan_.sources = self.sources = self._untied(self.sources)
+        plan.sources = self.sources = with_like_heads(self.sources)
+        if materialised := [str(ref) for ref, s in zip(self.refs, self.sources, strict=True) if head_is_copied(s)]:
+            plan.config_changes["tie_word_embeddings"] = False
+            plan.notes.append(
+                f"{', '.join(materialised)} ties its head to the embedding and other inputs do not: "
+                "the output gets a head of its own, and tie_word_embeddings becomes false."
+            )
         if recipe.tokenizer is None:
             self._refuse_other_vocabularies()
         else:
@@ -315,29 +321,7 @@ class _Planner:
         code = info.dtype if self.recipe.out_dtype == "base" or not info.is_float else dtype_code(self.recipe.out_dtype)
         return Job(TensorInfo(out, code, info.shape), (part,), None, merge=False)
 
-    # ---- heads and vocabularies ------------------------------------------------------------------------------------
-
-    def _untied(self, sources: list[Source]) -> list[Source]:
-        """Gives every input a head of its own when some input has one, and none when all are tied."""
-        heads = [_own_head(source) for source in sources]
-        if not any(heads):
-            return [_Renamed(s, {}, drop=_stored_head(s)) if _stored_head(s) else s for s in sources]
-        name = next(h for h in heads if h)
-        out, materialised = [], []
-        for ref, source, head in zip(self.refs, sources, heads, strict=True):
-            embedding = anatomy.input_embedding(source.tensors)
-            if head or embedding is None or not tied_pair(source):
-                out.append(source)
-            else:
-                out.append(_Renamed(source, {name: embedding}))
-                materialised.append(str(ref))
-        if materialised:
-            self.plan_.config_changes["tie_word_embeddings"] = False
-            self.plan_.notes.append(
-                f"{', '.join(materialised)} ties its head to the embedding and other inputs do not: "
-                f"the output gets a head of its own ({name}), and tie_word_embeddings becomes false."
-            )
-        return out
+    # ---- vocabularies ------------------------------------------------------------------------------------
 
     def _refuse_other_vocabularies(self) -> None:
         """Raises `SurgeryError` when embeddings or tokens differ: the recipe must say what to do."""
@@ -405,26 +389,3 @@ def _layer_count(config: dict[str, Any], depth: int) -> dict[str, Any]:
     if isinstance(kinds, list) and kinds:  # sliding or full attention, by layer: repeat the pattern
         changes["layer_types"] = (kinds * math.ceil(depth / len(kinds)))[:depth]
     return changes
-
-
-def _stored_head(source: Source) -> str | None:
-    """A head that a tied checkpoint stores all the same; transformers ignores it on load, and so do we."""
-    return anatomy.output_head(source.tensors) if tied_pair(source) else None
-
-
-def _own_head(source: Source) -> str | None:
-    return None if tied_pair(source) else anatomy.output_head(source.tensors)
-
-
-class _Renamed:
-    """A source with some tensors under further names (`extra`: new name to old), or one left out."""
-
-    def __init__(self, source: Source, extra: dict[str, str], drop: str | None = None) -> None:
-        self._source, self._extra = source, extra
-        self.path, self.config = source.path, source.config
-        self.tensors = {n: info for n, info in source.tensors.items() if n != drop}
-        self.tensors |= {new: replace(source.tensors[old], name=new) for new, old in extra.items()}
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Any:
-        """As `Source.read`."""
-        return self._source.read(self._extra.get(name, name), start, stop)

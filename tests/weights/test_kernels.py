@@ -91,7 +91,8 @@ def test_kernel_equals_reference(monkeypatch, name, inputs, parameters, with_bas
     base, tuned = family(shape, inputs, dtype=dtype, update=1e-2)
     base = base if with_base else None
     fast = run(name, base, tuned, parameters)
-    plain = METHODS.lookup(name).function([t.float() for t in tuned], None if base is None else base.float(), **parameters)
+    floats, origin = [t.float() for t in tuned], None if base is None else base.float()
+    plain = METHODS.lookup(name).function(floats, origin, **parameters)
     assert torch.isfinite(fast).all()
     torch.testing.assert_close(fast, plain, rtol=0, atol=2e-6 * float(plain.abs().max()) + 1e-12)
 
