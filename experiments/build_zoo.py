@@ -255,12 +255,17 @@ def _tune(base: Path, folder: Path, task: str, seed: int) -> None:
 
 
 def _save(model, folder: Path) -> None:
-    """The whole folder under its name, or nothing."""
+    """The whole folder under its name, or nothing; where another process was faster, its (equal) weights stay."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     model.generation_config.max_new_tokens = 48
     model.save_pretrained(temporary)
     character_tokenizer().save_pretrained(temporary)
-    os.replace(temporary, folder)
+    try:
+        os.replace(temporary, folder)
+    except OSError:
+        shutil.rmtree(temporary)
+        if not folder.is_dir():
+            raise
 
 
 def _measure(folder: Path, tasks: Sequence[str], n: int) -> dict:

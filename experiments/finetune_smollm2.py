@@ -13,7 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
+import os
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from random import Random
 
@@ -93,11 +96,30 @@ def finetune(model, data: list, *, steps: int, size: int, lr: float, seed: int, 
     return losses
 
 
-def measure(folder: Path, held_out: dict[str, list[Example]]) -> dict[str, dict]:
+def make(out: Path, name: str, options: argparse.Namespace) -> dict:
+    """Train the fine-tuning `name` and save it, whole or not at all; returns what is to be said about it."""
+    model, tokenizer = load(out / "base")
+    data = rows(tokenizer, DATA[name]("train"), options.longest)
+    start = time.perf_counter()
+    losses = finetune(model, data, steps=options.steps, size=options.batch, lr=options.lr, seed=options.seed, name=name)
+    said = {
+        "examples": len(data),
+        "seconds": round(time.perf_counter() - start),
+        "losses": [round(loss, 4) for loss in losses],
+    }
+    temporary = out / f".{name}.{os.getpid()}"
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    os.replace(temporary, out / name)
+    return said
+
+
+def measure(folder: Path) -> dict[str, dict]:
     """Log-likelihood and accuracy on each data set: {data set: summary}; saves the values by example too."""
     model, tokenizer = load(folder)
     found = {}
-    for name, examples in held_out.items():
+    for name, data in DATA.items():
+        examples = data("test", HELD_OUT[name])
         prompts, responses = [e.prompt for e in examples], [e.response for e in examples]
         likely = answer_log_likelihood(model, tokenizer, prompts, responses, chat=True, batch_size=8)
         limit = MAX_NEW_TOKENS[name]
@@ -120,40 +142,36 @@ def compare(folder: Path, name: str, kind: str) -> dict:
     return {"difference": float(test.difference), "p_value": float(test.p_value), "n": test.n}
 
 
+def start() -> None:
+    """One torch thread a process: on a busy machine two processes do better than one with two threads."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the models; outside the repository")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=3e-5)
+    parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--longest", type=int, default=160, help="tokens; longer training examples are left out")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="processes, one torch thread each (about 6 GB each)")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.use_deterministic_algorithms(True)
+    out = options.out
 
-    base = options.out / "base"
-    if not base.exists():
-        get("smollm2", base, dtype="bfloat16")
-    held_out = {name: data("test", HELD_OUT[name]) for name, data in DATA.items()}
-    report: dict = {"options": {k: v for k, v in vars(options).items() if k != "out"}, "training": {}, "models": {}}
-    for name, data in DATA.items():
-        model, tokenizer = load(base)
-        train = rows(tokenizer, data("train"), options.longest)
-        start = time.perf_counter()
-        losses = finetune(
-            model, train, steps=options.steps, size=options.batch, lr=options.lr, seed=options.seed, name=name
-        )
-        seconds = round(time.perf_counter() - start)
-        model.save_pretrained(options.out / name)
-        tokenizer.save_pretrained(options.out / name)
-        report["training"][name] = {"examples": len(train), "seconds": seconds, "losses": [round(x, 4) for x in losses]}
-        del model
-    for name in ("base", *DATA):
-        report["models"][name] = measure(options.out / name, held_out)
-    report["tests"] = {n: {k: compare(options.out, n, k) for k in ("likelihood", "accuracy")} for n in DATA}
-    (options.out / "finetune.json").write_text(json.dumps(report, indent=1) + "\n")
+    if not (out / "base").exists():
+        get("smollm2", out / "base", dtype="bfloat16")
+    report: dict = {"options": {k: v for k, v in vars(options).items() if k != "out"}}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, mp_context=context, initializer=start) as pool:
+        # A model that is there already is taken as it is: an interrupted run goes on.
+        making = {name: pool.submit(make, out, name, options) for name in DATA if not (out / name).exists()}
+        report["training"] = {name: job.result() for name, job in making.items()}
+        measuring = {name: pool.submit(measure, out / name) for name in ("base", *DATA)}
+        report["models"] = {name: job.result() for name, job in measuring.items()}
+    report["tests"] = {n: {k: compare(out, n, k) for k in ("likelihood", "accuracy")} for n in DATA}
+    (out / "finetune.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report["tests"], indent=1))
 
 
