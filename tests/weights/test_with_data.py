@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_checkpoint
+from helpers import tiny_checkpoint, tiny_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ def gpt2(seed: int = 0) -> nn.Module:
 
     torch.manual_seed(seed)
     sizes = {"vocab_size": 24, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "initializer_range": 0.3}
+    sizes |= {"bos_token_id": 0, "eos_token_id": 0}
     return GPT2LMHeadModel(GPT2Config(**sizes)).eval()
 
 
@@ -349,6 +350,11 @@ def test_tied_embeddings_are_averaged_and_stay_tied():
     assert merged["lm_head.weight"] is merged["model.embed_tokens.weight"]
     want = (states[0]["lm_head.weight"] + states[1]["lm_head.weight"]) / 2
     torch.testing.assert_close(merged["lm_head.weight"], want)
+    upside_down = [dict(reversed(list(state.items()))) for state in states]  # the head first
+    fisher = fisher_diagonal(model, [text()])
+    for again in (regmean_merge(upside_down, grams), fisher_merge(upside_down, [fisher, fisher])):
+        assert again["lm_head.weight"] is again["model.embed_tokens.weight"]
+        torch.testing.assert_close(again["lm_head.weight"], want)
     checkpoint = {n: t for n, t in states[1].items() if n != "lm_head.weight"}  # as on disk: no head
     assert "lm_head.weight" not in regmean_merge([model, checkpoint], grams)
 
@@ -435,6 +441,34 @@ def test_adamerging_lowers_the_entropy_and_repeats(kind, per):
     assert all(run[0].coefficients[g].equal(run[1].coefficients[g]) for g in run[0].coefficients)
     lam = torch.stack(list(run[0].coefficients.values()))
     assert lam.min() >= 0 and lam.max() <= 1
+
+
+def test_every_data_set_counts_in_every_step():
+    model, a, b = llama(), [text()], [text(seed=5)]
+    tuned = [near(model, i) for i in (1, 2)]
+    runs = [adamerging(model, tuned, data, steps=4, lr=0.01).coefficients["all"] for data in ([a, b], [b, a], [a, a])]
+    torch.testing.assert_close(runs[0], runs[1])
+    assert (runs[0] - runs[2]).abs().max() > 1e-5
+
+
+def test_bfloat16_is_worked_in_float32_and_ties_survive_a_cast():
+    model = gpt2().bfloat16()
+    tuned = [{n: t.bfloat16() for n, t in near(model, i).items()} for i in (1, 2)]  # the head is now a copy
+    fisher, grams = fisher_diagonal(model, [text(pad="left")]), input_grams(model, [text(pad="left")])
+    assert {t.dtype for t in (*fisher.values(), *grams.values())} == {torch.float32}
+    for state in (
+        fisher_merge(tuned, [fisher] * 2),
+        regmean_merge(tuned, [grams] * 2),
+        adamerging(model, tuned, [text()], steps=2).state_dict,
+    ):
+        assert {t.dtype for t in state.values()} == {torch.bfloat16}
+        with loaded(model, state):
+            assert model(**text()).logits.isfinite().all()
+    untied = {**tuned[0], "lm_head.weight": tuned[0]["lm_head.weight"] + 1}
+    with pytest.raises(SurgeryError, match="which a tuned model unties"):
+        adamerging(model, [untied], [text()])
+    with pytest.raises(SurgeryError, match="which its new weights untie"), loaded(model, untied):
+        pass
 
 
 def test_the_gradient_of_the_coefficients_is_the_slope_of_the_entropy():
@@ -623,6 +657,20 @@ def test_the_seed_decides_the_trials(sampler):
         pytest.importorskip("cmaes")
     runs = [[t.parameters for t in search(sampler=sampler, seed=s, trials=15).trials] for s in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_by_default_recipes_are_merged_in_memory(tmp_path):
+    base, (one, two) = tiny_family(tmp_path)
+    models = [{"model": str(m), "parameters": {"weight": 0.9}} for m in (one, two)]
+    recipe = {"method": "linear", "base": str(base), "models": models}
+    want = state_of(one)
+
+    def likeness(state: Mapping[str, Tensor]) -> float:
+        return -sum((state[n] - want[n]).square().sum().item() for n in want)
+
+    found = tune(recipe, {"models[1].parameters.weight": (0.0, 2.0)}, likeness, trials=12)
+    assert all(t.error is None for t in found.trials)
+    assert found.best_parameters["models[1].parameters.weight"] < 0.5  # the less of the other model, the better
 
 
 def test_failing_trials_are_recorded_and_the_search_goes_on():

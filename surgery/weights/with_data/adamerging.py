@@ -12,7 +12,7 @@ from surgery.anatomy import group_of, layer_of, stack_of
 from surgery.errors import SurgeryError
 from surgery.registry import nearest
 from surgery.weights.with_data.batches import Batch, evaluating, inputs_of, logits_of, mask_of, predictions_of
-from surgery.weights.with_data.states import ModelLike, aliases, states_of, work_dtype
+from surgery.weights.with_data.states import ModelLike, aliases, states_of, tied, work_dtype
 
 Per = Literal["task", "layer", "tensor"]
 Positions = Literal["all", "last"]
@@ -66,6 +66,9 @@ def adamerging(
         raise SurgeryError(f"steps must be at least 0 and lr above 0, not {steps} and {lr}.")
     origin, *others = states_of([base, *tuned])
     alias = aliases([origin, *others])
+    for name, to in tied(origin).items():
+        if name not in alias:
+            raise SurgeryError(f"The base has one tensor for '{to}' and '{name}', which a tuned model unties.")
     names = [n for n, t in origin.items() if t.is_floating_point() and n not in alias]
     floats = {n: origin[n].detach().to(work_dtype(origin[n])) for n in names}
     deltas = {n: torch.stack([o[n].detach().to(floats[n]) - floats[n] for o in others]) for n in names}

@@ -110,8 +110,8 @@ def fisher_merge(
     for name, first in states[0].items():
         tensors = [state[name] for state in states]
         if name in alias:
-            merged[name] = merged[alias[name]]
-        elif name not in fishers[0]:
+            continue
+        if name not in fishers[0]:
             merged[name] = average(tensors, w)
         else:
             dtype = work_dtype(*tensors)
@@ -121,7 +121,7 @@ def fisher_merge(
                 above += precision * tensor.detach().to(first.device, dtype)
                 below += precision
             merged[name] = (above / below).to(first.dtype)
-    return merged
+    return {name: merged[alias.get(name, name)] for name in states[0]}
 
 
 def _scale(i: int, fisher: Mapping[str, Tensor], state: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> float:

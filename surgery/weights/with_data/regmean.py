@@ -118,14 +118,14 @@ def regmean_merge(
     for name in states[0]:
         tensors = [state[name] for state in states]
         if name in alias:
-            merged[name] = merged[alias[name]]
-        elif name not in grams[0]:
+            continue
+        if name not in grams[0]:
             merged[name] = average(tensors, w)
         else:
             oriented = [t.T if name in transposed else t for t in tensors]
             solved = _regress(name, oriented, [g[name] for g in grams], w, off_diagonal, ridge)
             merged[name] = (solved.T if name in transposed else solved).contiguous()
-    return merged
+    return {name: merged[alias.get(name, name)] for name in states[0]}
 
 
 def _regress(

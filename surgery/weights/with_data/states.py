@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from surgery.anatomy import input_embedding, output_head
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def states_of(models: Sequence[ModelLike]) -> list[dict[str, Tensor]]:
     states = [state_of(model) for model in models]
     everywhere = set.intersection(*map(set, states))
     for state in states:  # a module lists its tied head, a checkpoint does not: it is no tensor of its own
-        for name in _tied(state).keys() - everywhere:
+        for name in tied(state).keys() - everywhere:
             del state[name]
     for i, state in enumerate(states[1:], 1):
         same_tensors(states[0], state, "model 0", f"model {i}")
@@ -94,12 +95,25 @@ def average(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def aliases(states: Sequence[State]) -> dict[str, str]:
-    """Tensors that are one in memory with an earlier one in every state dict: {"lm_head.weight": "wte.weight"}."""
-    first, *others = map(_tied, states)
-    return {name: to for name, to in first.items() if all(other.get(name) == to for other in others)}
+    """Tensors that are one with another in every state dict: {"lm_head.weight": "wte.weight"}.
+
+    Looked for where some state dict has both in the same memory, and at the head: copies that were cast or moved tensor
+    by tensor are still tied by value.
+    """
+    found = {name: to for state in states for name, to in tied(state).items()}
+    head, embedding = output_head(states[0]), input_embedding(states[0])
+    if head and embedding and (not found or found.get(embedding) == head):
+        found.pop(embedding, None)  # the embedding is the one that a model's parameters list
+        found[head] = embedding
+    return {
+        name: to
+        for name, to in found.items()
+        if all(s[name].shape == s[to].shape and s[name].equal(s[to]) for s in states)
+    }
 
 
-def _tied(state: State) -> dict[str, str]:
+def tied(state: State) -> dict[str, str]:
+    """Names of tensors that are the same memory as an earlier one: {name: the earlier name}."""
     first: dict[tuple, str] = {}
     found: dict[str, str] = {}
     for name, tensor in state.items():
@@ -121,12 +135,16 @@ def loaded(model: nn.Module, state: State) -> Iterator[nn.Module]:
     """
     own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     own |= {name: b for name, b in model.named_buffers(remove_duplicate=False) if name in state}
+    first: dict[int, str] = {}
     for name, tensor in state.items():
         if name not in own:
             raise SurgeryError(f"The model has no tensor '{name}'.")
         expected, found = tuple(own[name].shape), tuple(tensor.shape)
         if expected != found:
             raise SurgeryError(f"Tensor '{name}' is {expected} in the model, but {found} in its new weights.")
+        other = first.setdefault(id(own[name]), name)
+        if not tensor.equal(state[other]):
+            raise SurgeryError(f"The model has one tensor for '{other}' and '{name}', which its new weights untie.")
     before = {name: own[name].data for name in state}
     try:
         for name, tensor in state.items():
