@@ -39,6 +39,12 @@ class Aligned:
     config_changes: dict[str, Any]
     notes: list[str]
 
+    @property
+    def rewritten(self) -> set[tuple[int, str]]:
+        """(source, tensor) of everything whose rows are not as the files have them."""
+        wrapped = [(i, source) for i, source in enumerate(self.sources) if isinstance(source, _AlignedSource)]
+        return {(i, name) for i, source in wrapped for name in _vocabulary_tensors(source)}
+
     @contextmanager
     def tokenizer_folder(self) -> Iterator[Path]:
         """Within: a temporary folder that holds the output's tokenizer."""
@@ -135,7 +141,7 @@ class _AlignedSource:
     def __init__(self, model: int, sources: Sequence[Source], alignment: Alignment) -> None:
         self.model, self._sources, self.alignment = model, sources, alignment
         own = sources[model]
-        self.path, self.config = own.path, own.config
+        self.path, self.config = companion_folder(own), own.config
         self._names = [_vocabulary_tensors(source) for source in sources]
         self.tensors = dict(own.tensors)
         for name in self._names[model]:

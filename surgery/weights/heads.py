@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from surgery import anatomy
 from surgery.checkpoint.adapter import tied_pair
+from surgery.checkpoint.companions import companion_folder
 from surgery.checkpoint.reader import Source
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class _Reheaded:
 
     def __init__(self, source: Source, head: str, embedding: str | None) -> None:
         self._source, self._head, self.embedding = source, head, embedding
-        self.path, self.config = source.path, source.config
+        self.path, self.config = companion_folder(source), source.config
         self.tensors = {name: info for name, info in source.tensors.items() if name != head}
         if embedding is not None:
             self.tensors[head] = replace(source.tensors[embedding], name=head)

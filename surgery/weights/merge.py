@@ -23,12 +23,14 @@ import torch
 from torch import Tensor
 
 import surgery
-from surgery.checkpoint.companions import model_card, write_companions
+from surgery.checkpoint.chat_templates import TEMPLATES, commonest
+from surgery.checkpoint.companions import companion_folder, model_card, write_companions
 from surgery.checkpoint.header import torch_dtype
 from surgery.checkpoint.provenance import Checksum, Provenance, fingerprint
 from surgery.checkpoint.writer import CheckpointWriter
 from surgery.errors import SurgeryError
 from surgery.weights.kernels import merged
+from surgery.weights.kinship import strangers
 from surgery.weights.methods import METHODS
 from surgery.weights.plan import Job, Plan, check_output, job_bytes, plan
 from surgery.weights.recipe import Recipe, load_recipes, recipe_from_source
@@ -103,20 +105,25 @@ def merge(
     """
     out = Path(out).expanduser()
     stages = _stages(recipe)
-    check_output(out, [], force=force)
+    names = {stage.name for stage in stages}
+    refs = [ref for stage in stages for ref in stage.models if ref.path not in names]
+    check_output(out, [Path(p) for ref in refs for p in (ref.path, ref.lora) if p], force=force)
     folders: dict[str, str] = {}
     scratch = out.absolute().parent / f".{out.name}.stages"
     how: dict[str, Any] = {"threads": threads, "device": device, "rounding": rounding, "progress": progress}
+    notes: list[str] = []
     try:
         for i, stage in enumerate(stages):
             last = i == len(stages) - 1
             target = out if last else scratch / str(stage.name)
             ready = plan(stage.with_stages(folders), out=target, force=force or not last, allow_pickle=allow_pickle)
             result = execute(ready, target, force=force or not last, **how)
+            notes += result.notes if last else [f"{stage.name}: {note}" for note in result.notes]
             if stage.name is not None:
                 folders[stage.name] = str(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    result.notes = list(dict.fromkeys(notes))
     return result
 
 
@@ -159,6 +166,7 @@ def execute(
     threads = threads or os.cpu_count() or 1
     recipe = ready.recipe
     job_id = _digest(ready, rounding)
+    warnings = strangers(ready)
     infos = [job.out for job in ready.jobs]
     with CheckpointWriter(out, infos, shard_size=recipe.shard_size, job=job_id, force=force) as writer:
         reports: dict[str, dict[str, Any]] = dict(writer.done)
@@ -182,7 +190,7 @@ def execute(
             out=Path(out),
             method=recipe.method,
             tensors={name: reports[name] for name in sorted(reports)},
-            notes=[*ready.notes, *ready.dropped],
+            notes=[*ready.notes, *warnings, *ready.dropped],
             nbytes=writer.nbytes,
             numbers=ready.parameters,
             seconds=0.0,
@@ -197,7 +205,7 @@ def execute(
                 base,
                 config_changes=ready.config_changes,
                 tokenizer_from=tokenizer,
-                chat_template=_chat_template(recipe.chat_template),
+                chat_template=_chat_template(ready),
                 card=model_card(record, Path(out).name, base),
                 provenance=record,
             )
@@ -273,9 +281,10 @@ class _Engine:
                 stored = work.take("stored", rows.numel(), dtype).copy_(rows)
             else:
                 stored = round_to(rows, dtype, key, start * job.out.cols)
+            _check_range(stored, job)
             self.emit(job, start, stored)
             if job.base is not None:
-                again = work.take("again", rows.numel())
+                again = work.take("again", rows.numel(), rows.dtype)
                 if dtype != rows.dtype:
                     lost += float(torch.linalg.vector_norm(again.copy_(stored).sub_(rows))) ** 2
                 stop = start + (rows.numel() // job.out.cols if job.out.cols else job.out.rows)
@@ -305,8 +314,19 @@ class _Engine:
                         f"{self.plan.refs[lead.source]} and {self.plan.refs[part.source]}: they can't be averaged.",
                         hint="Leave it out of the merge (exclude: ...), so that the base's is copied.",
                     )
-            self.emit(job, start, rows.to(dtype).reshape(-1))
+            stored = rows.to(dtype).reshape(-1)
+            _check_range(stored, job)
+            self.emit(job, start, stored)
         return {"copied": True, "checksums": [checksum.hexdigest()] * len(job.parts)}
+
+
+def _check_range(stored: Tensor, job: Job) -> None:
+    """Raises `SurgeryError` when numbers do not fit into float16, whose largest is 65,504."""
+    if stored.dtype == torch.float16 and (beyond := int(stored.isinf().sum())):
+        raise SurgeryError(
+            f"Tensor '{job.out.name}': {beyond:,} values or more are too large for float16 (65,504 at most).",
+            hint="Write bfloat16 or float32 (out_dtype).",
+        )
 
 
 class _Budget:
@@ -338,13 +358,16 @@ def _stages(recipe: Recipe | Sequence[Recipe] | Mapping[str, Any] | str | Path) 
 
 
 def _digest(ready: Plan, rounding: str) -> str:
-    """What a resumed run must agree on: the recipe, the inputs' files, the output's layout, our version."""
+    """What a resumed run must agree on: the work on every tensor, the inputs' files, our version."""
+    recipe = ready.recipe
     files = {info.file for source in ready.sources for info in source.tensors.values() if info.file is not None}
+    for ref in ready.refs:  # rows that an adapter or another tokenizer changes name no file
+        for folder in (Path(ref.path), Path(ref.lora or ref.path)):
+            files |= {path for path in folder.glob("*") if path.is_file()}
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(files)]
-    layout = [(job.out.name, job.out.dtype, job.out.shape) for job in ready.jobs]
-    resolved = [(job.out.name, sorted((k, str(v)) for k, v in job.parameters.items())) for job in ready.jobs]
-    refs = [str(ref) for ref in ready.refs]
-    facts = [surgery.__version__, ready.recipe.method, ready.recipe.seed, rounding, refs, stats, layout, resolved]
+    how = [recipe.method, recipe.seed, recipe.nonfinite, recipe.shard_size, repr(recipe.tokenizer), rounding]
+    jobs = [(repr(job.parts), job.out, job.merge, job.depth, job.double, job.parameters) for job in ready.jobs]
+    facts = [surgery.__version__, how, [str(ref) for ref in ready.refs], stats, jobs]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
 
 
@@ -381,10 +404,12 @@ def _provenance(ready: Plan, result: Merged, rounding: str) -> Provenance:
         },
     )
     sums: list[dict[str, str]] = [{} for _ in ready.sources]
+    aligned = ready.vocabulary.rewritten if ready.vocabulary else set()
     for job in ready.jobs:
         report = result.tensors[job.out.name]
         for part, digest in zip(job.parts, report.get("checksums", ()), strict=False):
-            sums[part.source][part.name] = digest
+            if (part.source, part.name) not in aligned:  # those rows are in no file as they were read
+                sums[part.source][part.name] = digest
         record.tensors[job.out.name] = {k: v for k, v in report.items() if k != "checksums"}
     for i, (ref, source) in enumerate(zip(ready.refs, ready.sources, strict=True)):
         role = "base" if recipe.base is not None and ref.identity == recipe.base.identity else "tuned"
@@ -392,12 +417,9 @@ def _provenance(ready: Plan, result: Merged, rounding: str) -> Provenance:
     return record
 
 
-def _chat_template(template: str | None) -> str | None:
+def _chat_template(ready: Plan) -> str | None:
     """Jinja text of a recipe's `chat_template`; None leaves the tokenizer's own."""
-    if template is None or template == "auto":
-        return None
-    if "{" in template:
-        return template
-    from surgery.checkpoint.chat_templates import TEMPLATES
-
-    return TEMPLATES[template]
+    wanted = ready.recipe.chat_template
+    if wanted == "auto":
+        return commonest(companion_folder(source) for source in ready.sources)
+    return TEMPLATES.get(wanted, wanted) if wanted is not None else None

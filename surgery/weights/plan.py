@@ -123,7 +123,8 @@ class Plan:
 
 def job_bytes(method: str, job: Job) -> int:
     """Scratch memory in bytes for one tensor: some chunks for what is streamed, some copies of it for what is not."""
-    numbers = max(CHUNK, job.out.cols) if method in STREAMED or not job.merge else job.out.numel
+    streamed = not job.merge or (method in STREAMED and not job.double)
+    numbers = max(CHUNK, job.out.cols) if streamed else job.out.numel
     return numbers * (8 if job.double else 4) * (2 * len(job.parts) + 4)
 
 
