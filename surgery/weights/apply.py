@@ -172,6 +172,8 @@ class _Job:
     def restore(self) -> TensorReport:
         for row, start, numbers in self.blocks():
             tuned = self.expression.restored(self.name, start, start + numbers.numel(), numbers)
+            if not self.expression.sound and not bool(torch.isfinite(tuned.sum(dtype=torch.float32))):
+                self.expression.refuse(self.name, tuned)
             self.writer.write(self.name, tuned.to(self.dtype), row)
         return TensorReport("restored")
 

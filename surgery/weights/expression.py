@@ -47,6 +47,11 @@ class Expression:
         """The tuned model's own bits of a range, given the base's stored numbers of the same range."""
         raise NotImplementedError
 
+    @property
+    def sound(self) -> bool:
+        """Whether what `restored` gives is known to be finite."""
+        return False
+
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
         """(left, right) of shapes m x R and R x n, float32, when the tensor is known to be their product."""
         return None
@@ -270,6 +275,10 @@ class Restricted(Expression):
 
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
         return self.part.factors(name)
+
+    @property
+    def sound(self) -> bool:
+        return self.part.sound
 
     def exact(self, name: str) -> str | None:
         return self.part.exact(name)

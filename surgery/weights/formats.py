@@ -27,6 +27,7 @@ from torch import Tensor
 
 from surgery.checkpoint import Source
 from surgery.checkpoint.header import ITEM_BYTES, torch_dtype
+from surgery.checkpoint.provenance import Checksum
 from surgery.errors import SurgeryError
 from surgery.registry import Registry
 from surgery.weights.expression import Expression
@@ -84,10 +85,13 @@ class Form:
 
     @property
     def options(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return vars(self)
 
     def measure(self, delta: Delta) -> Note:
-        """A first pass over the data, where the size of what is stored depends on them."""
+        """A first pass over the data, where the size of what is stored depends on them.
+
+        A form that reads the base's stored numbers here may put their checksum under "_checksum".
+        """
         return {}
 
     def layout(self, shape: tuple[int, ...], note: Note) -> Layout:
@@ -158,12 +162,14 @@ class Lossless(Form):
                 f"Only a plain difference of two models is lossless, and this is {delta.expression}.",
                 hint="Save it in the form float32.",
             )
-        counts = []
+        counts: list[int] = []
+        checksum = Checksum()
         for start, stop in ranges(delta.numel):
-            changed = _changed(*_pair(delta, start, stop))
+            base, tuned = _pair(delta, start, stop, checksum)
+            changed = base != tuned
             counts += [int(np.count_nonzero(changed[a:b])) for a, b in ranges(stop - start, BLOCK)]
         starts = starts_of(counts)
-        return {"dtype": dtype, "changed": int(starts[-1]), "_starts": starts[:-1]}
+        return {"dtype": dtype, "changed": int(starts[-1]), "_starts": starts[:-1], "_checksum": checksum.hexdigest()}
 
     def layout(self, shape: tuple[int, ...], note: Note) -> Layout:
         numel, changed, dtype = math.prod(shape), note["changed"], note["dtype"]
@@ -185,7 +191,7 @@ class Lossless(Form):
             if "whole" in parts:
                 values, row = tuned, start
             else:
-                changed = _changed(base, tuned)
+                changed = base != tuned
                 yield "mask", start // 8, torch.from_numpy(np.packbits(changed, bitorder="little"))
                 values, row = tuned.take(np.flatnonzero(changed)), position
                 position += len(values)
@@ -230,18 +236,16 @@ def _bits(numbers: Tensor) -> np.ndarray:
     return numbers.view(width).numpy()
 
 
-def _pair(delta: Delta, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """The bits of base and tuned model, both in the tuned type."""
+def _pair(delta: Delta, start: int, stop: int, checksum: Checksum | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The bits of base and tuned model, both in the tuned type; `checksum` is fed with the base as it is stored."""
     (anchor,) = delta.expression.anchors()
     if anchor.source is None:
         raise SurgeryError(f"{delta.expression} can't be written without its base at hand.", hint="Load it with base=.")
     base = flat(anchor.source, delta.name, start, stop)
+    if checksum is not None:
+        checksum.update(base)  # here, where the numbers are in the cache anyway
     tuned = delta.expression.restored(delta.name, start, stop, base)
     return _bits(base.to(tuned.dtype)), _bits(tuned.contiguous())
-
-
-def _changed(base: np.ndarray, tuned: np.ndarray) -> np.ndarray:
-    return base != tuned
 
 
 def starts_of(counts: Sequence[int]) -> np.ndarray:

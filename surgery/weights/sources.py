@@ -16,6 +16,7 @@ from surgery.anatomy import output_head
 from surgery.checkpoint import Source, TensorInfo
 from surgery.checkpoint.adapter import tied_pair
 from surgery.checkpoint.provenance import Checksum, header_hash
+from surgery.errors import SurgeryError
 from surgery.weights.streams import CHUNK
 
 VOLATILE = ("transformers_version", "_name_or_path", "name_or_path", "torch_dtype", "dtype", "use_cache")
@@ -134,3 +135,36 @@ def same_heads(*sources: Source) -> list[Source]:
     for source, pair in zip(sources, tied, strict=True):
         views.append(source if pair is None else View(source, {pair[1]}, dict.fromkeys(own, pair[0])))
     return views
+
+
+def check_pair(base: Source, tuned: Source, missing: str) -> None:
+    """Raises `SurgeryError` unless every tensor of one has its counterpart in the other (`missing="skip"`: if any)."""
+    if missing not in ("error", "skip"):
+        raise SurgeryError(f"missing is '{missing}'; it can be 'error' or 'skip'.")
+    odd = sorted(base.tensors.keys() ^ tuned.tensors.keys())
+    if not base.tensors.keys() & tuned.tensors.keys():
+        raise SurgeryError(f"{base.path} and {tuned.path} have no tensor in common.")
+    if odd and missing == "error":
+        where = base.path if odd[0] in base.tensors else tuned.path
+        raise SurgeryError(
+            f"{len(odd)} tensors are in only one of {base.path} and {tuned.path}; '{odd[0]}' is only in {where}.",
+            hint="Pass missing='skip' to leave them out.",
+        )
+    common = [name for name in base.tensors if name in tuned.tensors]
+    other = [n for n in common if base.tensors[n].shape != tuned.tensors[n].shape]
+    if other:
+        shapes = [f"'{n}' {list(base.tensors[n].shape)} and {list(tuned.tensors[n].shape)}" for n in other[:5]]
+        raise SurgeryError(
+            f"{len(other)} tensors have other shapes in {base.path} and {tuned.path}: {'; '.join(shapes)}.",
+            hint="Models of different vocabularies have to be aligned first.",
+        )
+    for name in common:
+        mine, theirs = base.tensors[name], tuned.tensors[name]
+        if mine.is_float != theirs.is_float:
+            raise SurgeryError(f"Tensor '{name}' is {mine.dtype} in {base.path} and {theirs.dtype} in {tuned.path}.")
+        if not mine.is_float and not all(
+            flat(base, name, a, b).equal(flat(tuned, name, a, b)) for a, b in ranges(mine.numel)
+        ):
+            raise SurgeryError(
+                f"The integer tensor '{name}' differs between {base.path} and {tuned.path}; it can't be subtracted."
+            )

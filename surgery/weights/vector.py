@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from surgery.anatomy import layer_of, num_layers
 from surgery.checkpoint import Source, TensorInfo, open_checkpoint
 from surgery.errors import SurgeryError
 from surgery.weights.expression import Difference, Expression, Restricted, Unbound, Weighted, combine, shapes_of
-from surgery.weights.sources import Anchor, flat, label, ranges, same_heads
+from surgery.weights.factors import PerLayer, examples, tensor_factors
+from surgery.weights.sources import Anchor, check_pair, label, ranges, same_heads
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,7 +64,7 @@ class TaskVector:
         anchor = Anchor.of(base)
         base, tuned = same_heads(base, tuned)
         anchor = Anchor(anchor.name, anchor.header, None, base)
-        _check_pair(base, tuned, missing)
+        check_pair(base, tuned, missing)
         shapes = {n: i.shape for n, i in base.tensors.items() if n in tuned.tensors and i.is_float}
         return cls(Difference(base, tuned, (label(base), label(tuned)), shapes, anchor))
 
@@ -178,7 +178,7 @@ class TaskVector:
     def scaled(
         self,
         *,
-        per_layer: Mapping[int, float] | Sequence[float] | Callable[[int], float] | None = None,
+        per_layer: PerLayer | None = None,
         per_module: Mapping[str, float] | None = None,
         gradient: Sequence[float] | None = None,
     ) -> TaskVector:
@@ -188,29 +188,8 @@ class TaskVector:
         that fits ("*": all), else 1. `gradient` as in recipes: piecewise linear over the layers from first to last,
         tensors outside layers get the first value; a gradient of two ends is LiNeS (arXiv:2410.17146).
         """
-        count = num_layers(self.names)
-        factors = dict.fromkeys(self.names, 1.0)
-        notes = []
-        if per_layer is not None:
-            notes.append("per_layer")
-            table = per_layer
-            if isinstance(table, Sequence) and len(table) != count:
-                raise SurgeryError(f"per_layer has {len(table)} factors, and the vector has {count} layers.")
-            for name in factors:
-                if (layer := layer_of(name)) is not None:
-                    factors[name] *= float(table(layer) if callable(table) else _at(table, layer))
-        if per_module is not None:
-            notes.append(", ".join(f"{k}: {v:g}" for k, v in per_module.items()))
-            for key in per_module:
-                if key != "*" and not any(key in name for name in factors):
-                    raise SurgeryError(f"No tensor has '{key}' in its name.", hint=_examples(self.names))
-            for name in factors:
-                factors[name] *= next((float(v) for k, v in per_module.items() if k == "*" or k in name), 1.0)
-        if gradient is not None:
-            notes.append(f"gradient {list(gradient)}")
-            for name in factors:
-                factors[name] *= _gradient(gradient, layer_of(name), count)
-        return TaskVector(Weighted(self.expression, factors, "; ".join(notes)))
+        factors, note = tensor_factors(self.names, per_layer, per_module, gradient)
+        return TaskVector(Weighted(self.expression, factors, note))
 
     def only(self, *patterns: str) -> TaskVector:
         """The tensors whose name contains one of `patterns` or matches it as a regular expression."""
@@ -293,13 +272,13 @@ class TaskVector:
 
     def _shape(self, name: str) -> tuple[int, ...]:
         if name not in self.expression.shapes:
-            raise SurgeryError(f"The vector {self} has no tensor '{name}'.", hint=_examples(self.names))
+            raise SurgeryError(f"The vector {self} has no tensor '{name}'.", hint=examples(self.names))
         return self.expression.shapes[name]
 
     def _filtered(self, patterns: Sequence[str], keep: bool) -> TaskVector:
         for pattern in patterns:
             if not any(_fits(pattern, name) for name in self.names):
-                raise SurgeryError(f"No tensor fits the pattern '{pattern}'.", hint=_examples(self.names))
+                raise SurgeryError(f"No tensor fits the pattern '{pattern}'.", hint=examples(self.names))
         shapes = {n: s for n, s in self.shapes.items() if any(_fits(p, n) for p in patterns) is keep}
         if not shapes:
             raise SurgeryError(f"Nothing is left of {self} without {', '.join(patterns)}.")
@@ -322,57 +301,3 @@ def _fits(pattern: str, name: str) -> bool:
         return pattern in name or re.search(pattern, name) is not None
     except re.error as error:
         raise SurgeryError(f"'{pattern}' is neither part of a name nor a regular expression: {error}.") from None
-
-
-def _examples(names: Sequence[str]) -> str:
-    return "Names look like " + ", ".join(f"'{n}'" for n in names[:3]) + "."
-
-
-def _at(table: Mapping[int, float] | Sequence[float], layer: int) -> float:
-    """The factor of a layer; 1 where the table says nothing."""
-    if isinstance(table, Mapping):
-        return table.get(layer, 1.0)
-    return table[layer] if layer < len(table) else 1.0
-
-
-def _gradient(values: Sequence[float], layer: int | None, layers: int) -> float:
-    """Piecewise linear through `values` at t = layer / (layers - 1); t = 0 outside layers, 1 in the only layer."""
-    if not values:
-        raise SurgeryError("A gradient needs at least one value.")
-    t = 0.0 if layer is None else 1.0 if layers <= 1 else min(1.0, layer / (layers - 1))
-    place = t * (len(values) - 1)
-    low = min(int(place), len(values) - 1)
-    high = min(low + 1, len(values) - 1)
-    return float(values[low] + (place - low) * (values[high] - values[low]))
-
-
-def _check_pair(base: Source, tuned: Source, missing: str) -> None:
-    if missing not in ("error", "skip"):
-        raise SurgeryError(f"missing is '{missing}'; it can be 'error' or 'skip'.")
-    odd = sorted(base.tensors.keys() ^ tuned.tensors.keys())
-    if not base.tensors.keys() & tuned.tensors.keys():
-        raise SurgeryError(f"{base.path} and {tuned.path} have no tensor in common.")
-    if odd and missing == "error":
-        where = base.path if odd[0] in base.tensors else tuned.path
-        raise SurgeryError(
-            f"{len(odd)} tensors are in only one of {base.path} and {tuned.path}; '{odd[0]}' is only in {where}.",
-            hint="Pass missing='skip' to leave them out.",
-        )
-    common = [name for name in base.tensors if name in tuned.tensors]
-    other = [n for n in common if base.tensors[n].shape != tuned.tensors[n].shape]
-    if other:
-        shapes = [f"'{n}' {list(base.tensors[n].shape)} and {list(tuned.tensors[n].shape)}" for n in other[:5]]
-        raise SurgeryError(
-            f"{len(other)} tensors have other shapes in {base.path} and {tuned.path}: {'; '.join(shapes)}.",
-            hint="Models of different vocabularies have to be aligned first.",
-        )
-    for name in common:
-        mine, theirs = base.tensors[name], tuned.tensors[name]
-        if mine.is_float != theirs.is_float:
-            raise SurgeryError(f"Tensor '{name}' is {mine.dtype} in {base.path} and {theirs.dtype} in {tuned.path}.")
-        if not mine.is_float and not all(
-            flat(base, name, a, b).equal(flat(tuned, name, a, b)) for a, b in ranges(mine.numel)
-        ):
-            raise SurgeryError(
-                f"The integer tensor '{name}' differs between {base.path} and {tuned.path}; it can't be subtracted."
-            )

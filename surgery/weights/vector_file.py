@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from surgery.checkpoint import Checkpoint, CheckpointWriter, Source, TensorInfo, open_checkpoint, read_header
-from surgery.checkpoint.header import torch_dtype
+from surgery.checkpoint.companions import companion_folder
+from surgery.checkpoint.header import ITEM_BYTES, torch_dtype
 from surgery.checkpoint.reader import SINGLE
 from surgery.checkpoint.writer import check_target
 from surgery.errors import SurgeryError
@@ -83,7 +84,10 @@ def save(
     def measure(name: str, _: Workspace) -> None:
         delta = Delta(expression, name, expression.shapes[name])
         notes[name] = chosen.measure(delta)
-        if anchor is not None and (found := anchor.checksum(name)) is not None:
+        found = notes[name].pop("_checksum", None)
+        if found is None and anchor is not None:
+            found = anchor.checksum(name)
+        if found is not None:
             sums[name] = found
 
     names = list(expression.shapes)
@@ -95,6 +99,7 @@ def save(
         for name, note in notes.items()
         for part, (dtype, shape) in chosen.layout(expression.shapes[name], note).items()
     ] or [TensorInfo(EMPTY, "U8", (1,))]
+    infos.sort(key=lambda info: -ITEM_BYTES[info.dtype])  # every tensor then starts on a multiple of its item
     metadata = _metadata(expression, chosen, anchor, notes, {n: sums[n] for n in names if n in sums})
     single = out.suffix == ".safetensors"
     folder = out.parent / f".{out.name}.folder" if single else out
@@ -170,7 +175,7 @@ def _identity(name: str, header: str, source: Source | None, about: Mapping[str,
         "name": name,
         "header": header,
         "config": config_digest(source.config),
-        "tokenizer": tokenizer_digest(source.path),
+        "tokenizer": tokenizer_digest(companion_folder(source)),
     }
 
 
@@ -244,6 +249,10 @@ class Stored(Expression):
         if not bool(torch.isfinite(numbers.sum())):
             self.refuse(name, numbers)
         return numbers
+
+    @property
+    def sound(self) -> bool:
+        return True  # it was looked at when it was written
 
     def exact(self, name: str) -> str | None:
         return self.file.notes[name]["dtype"] if self.file.form.name == "lossless" else None

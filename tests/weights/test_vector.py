@@ -172,6 +172,10 @@ def test_nan_is_not_passed_on(tmp_path, family):
         with pytest.raises(SurgeryError, match="NaN"):
             TaskVector.between(family[0], bad).save(tmp_path / f"{form}.safetensors", form)
         assert not (tmp_path / f"{form}.safetensors").exists()
+    for scale in (1.0, 0.5):
+        with pytest.raises(SurgeryError, match=f"tensor '{NAME}' has values that are NaN"):
+            TaskVector.between(family[0], bad).apply(family[0], tmp_path / "out", scale=scale)
+        assert not (tmp_path / "out").exists()
 
 
 def test_applied_to_disk(tmp_path, family, vectors):
@@ -371,3 +375,26 @@ def test_merged_by_a_method(family, vectors):
         TaskVector.merged(vectors, "teis")
     with pytest.raises(SurgeryError, match="does not merge differences"):
         TaskVector.merged(vectors, "slerp")
+
+
+def test_an_output_is_no_input(tmp_path):
+    base, (tuned,) = tiny_family(tmp_path, 1)
+    before = load_state(tuned)
+    vector = TaskVector.between(base, tuned)
+    for out in (base, tuned):
+        with pytest.raises(SurgeryError, match="one of the inputs"):
+            vector.apply(base, out, force=True)
+    assert same_bits(load_state(tuned), before)
+    vector.save(tmp_path / "v", "float32")
+    with pytest.raises(SurgeryError, match="one of the inputs"):
+        TaskVector.load(tmp_path / "v").apply(base, tmp_path / "v", force=True)
+
+
+def test_an_exception_leaves_no_output(tmp_path, family, vectors, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr("surgery.weights.apply.write_companions", fail)
+    with pytest.raises((RuntimeError, TypeError)):
+        vectors[0].apply(family[0], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
