@@ -11,9 +11,9 @@ MESSAGES = [
     {"role": "assistant", "content": "Hello"},
     {"role": "user", "content": "Bye"},
 ]
-CHATML = (
-    "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
-)
+ALPACA = "Be kind.\n\n### Instruction:\nHi\n\n### Response:\nHello\n\n### Instruction:\nBye"
+CHATML = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in MESSAGES)
+LLAMA3 = "".join(f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n{m['content']}<|eot_id|>" for m in MESSAGES)
 EXPECTED = {
     "alpaca": (ALPACA, "\n\n### Response:\n"),
     "chatml": (CHATML, "<|im_start|>assistant\n"),
