@@ -1,6 +1,6 @@
 """Does data help to merge? Fisher, RegMean, AdaMerging and greedy soup against plain averages and task arithmetic.
 
-    python experiments/merging_with_data.py           # on the embedded tiny family, some minutes on one core
+    python experiments/merging_with_data.py           # on the embedded tiny family, 5 to 8 minutes on one core
     python experiments/merging_with_data.py --fast    # a check that it runs, under a minute
     python experiments/merging_with_data.py --family DIR --out DIR
 
@@ -221,7 +221,7 @@ def figure(results: dict[str, dict]):
     axes.axvline(sum(experts) / len(experts), color="black", linestyle="--", label="tasks, each by its own fine-tuning")
     axes.set_yticks(range(len(merged)), list(merged))
     axes.invert_yaxis()
-    axes.set_xlim(0, 1)
+    axes.set_xlim(0, 1.03)
     axes.set_xlabel("accuracy on test prompts")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
     return chart

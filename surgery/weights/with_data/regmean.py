@@ -59,6 +59,7 @@ def input_grams(model: nn.Module, batches: Iterable[Batch]) -> Grams:
             for batch in batches:
                 inputs = inputs_of(batch, model)
                 mask = mask_of(inputs)
+                recent.clear()
                 tokens += _positions(inputs) if mask is None else int(mask.sum())
                 logits_of(model, inputs)
     finally:
