@@ -22,7 +22,7 @@ from surgery.weights.sparsify import derive_key
 from surgery.weights.streams import one_torch_thread
 
 OVERSAMPLE, ITERATIONS = 10, 2
-WORK = 1 << 20
+WORK = 1 << 18
 """Numbers of a block that is multiplied at once."""
 ROWS = 64
 """A product is read in blocks of these rows always, so that its bits don't depend on which rows are asked for."""
@@ -102,7 +102,7 @@ def _blocks(rows: Matrix, m: int, n: int) -> Iterator[tuple[int, int, Tensor]]:
 def _exact(rows: Matrix, m: int, n: int) -> Factors:
     whole = rows(0, m)
     u, s, v = torch.linalg.svd(whole, full_matrices=False)
-    return Factors(u * s, v, s, float(whole.double().square().sum().sqrt()))
+    return Factors(u * s, v, s, float(torch.linalg.vector_norm(whole, dtype=torch.float64)))
 
 
 def _randomised(rows: Matrix, m: int, n: int, rank: int, seed: int) -> Factors:
@@ -117,7 +117,7 @@ def _randomised(rows: Matrix, m: int, n: int, rank: int, seed: int) -> Factors:
         for start, stop, block in _blocks(rows, m, n):
             torch.mm(block, right, out=left[start:stop])
             if turn == 0:
-                square += float(block.view(-1).double().square_().sum())
+                square += float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
         q = torch.linalg.qr(left).Q
         for start, stop, block in _blocks(rows, m, n):
             following.addmm_(block.T, q[start:stop])
