@@ -7,11 +7,11 @@ from typing import Annotated
 import typer
 
 import surgery
-from surgery.cli import demo, merge, methods, vector, zoo
+from surgery.cli import demo, look, merge, methods, zoo
 from surgery.cli.frame import Debug, Json, Quiet, new_app, set_global
 
 app = new_app()
-app.add_typer(vector.app, name="vector")
+app.add_typer(look.app, name="vector")  # the group of vector.py, with `inspect` and `check`
 merge.register(app)
 methods.register(app)
 app.add_typer(zoo.app, name="zoo")

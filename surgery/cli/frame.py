@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json as jsonlib
+import os
 import sys
 import time
 import traceback
@@ -103,6 +104,11 @@ def command(app: typer.Typer, name: str, **settings: Any) -> Callable[[Callable[
 def _unwrapped(text: str) -> str:
     """Paragraphs in one line each, for the terminal to break; those that begin with \\b stay as they are."""
     return "\n\n".join(p if p.startswith("\b") else " ".join(p.split("\n")) for p in text.split("\n\n"))
+
+
+def threads(asked: int | None) -> dict[str, int]:
+    """The keyword argument `threads`: as asked, else one a core."""
+    return {"threads": asked or os.cpu_count() or 1}
 
 
 # ---- what is said --------------------------------------------------------------------------------------------------
@@ -203,7 +209,8 @@ def size(nbytes: float) -> str:
 
 def count(number: int, what: str) -> str:
     """1 -> "1 model", 3 -> "3 models"."""
-    return f"{number:,} {what}" + ("" if number == 1 else "s")
+    plural = what[:-2] + "ices" if what.endswith("ix") else what + "s"
+    return f"{number:,} {what if number == 1 else plural}"
 
 
 def seconds(took: float) -> str:

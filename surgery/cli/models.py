@@ -1,13 +1,18 @@
-"""Names of models on the command line: a folder, a hub name, `base+adapter`, or a model of the zoo."""
+"""Names on the command line: models (a folder, a hub name, `base+adapter`, a model of the zoo) and vectors."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     from surgery.weights.recipe import ModelRef, Recipe
+    from surgery.weights.vector import TaskVector
 
 
 def model(spec: str) -> str:
@@ -25,6 +30,44 @@ def in_recipe(recipe: Recipe) -> Recipe:
         return ref if ref.path in recipe.needs or ref.revision else replace(ref, path=_zoo(ref.path))
 
     return recipe.with_models(change)
+
+
+def is_vector(spec: str) -> bool:
+    """Whether `spec` is a task vector that was written by `surgery vector extract` or `combine`."""
+    from surgery.checkpoint import Checkpoint, open_checkpoint, read_header
+
+    path = Path(spec).expanduser()
+    if not path.exists() or (path / "adapter_config.json").is_file():
+        return False
+    source = open_checkpoint(path)
+    file = next((info.file for info in source.tensors.values()), None) if isinstance(source, Checkpoint) else None
+    return file is not None and read_header(file).metadata.get("kind") == "task vector"
+
+
+def vector(spec: str, base: str | None = None, *, numbers: bool = True) -> TaskVector:
+    """A stored vector; or, with `base`, what a fine-tuned model or a LoRA adapter changes in it.
+
+    `numbers`: the vector will be read as numbers, for which the lossless form needs its base.
+    """
+    from surgery.weights.vector import TaskVector
+
+    if is_vector(spec):
+        stored = TaskVector.load(spec, None if base is None else model(base))
+        if numbers and base is None and any(stored.expression.exact(name) for name in stored.names):
+            raise SurgeryError(f"{spec} is lossless: it can be read only beside its base.", hint="Add --base BASE.")
+        return stored
+    if base is None:
+        raise SurgeryError(f"{spec} is a model, not a stored vector.",
+                           hint="Name the model that it was fine-tuned from: --base BASE.")  # fmt: skip
+    if (Path(spec).expanduser() / "adapter_config.json").is_file():
+        return TaskVector.from_adapter(model(base), Path(spec).expanduser())
+    return TaskVector.between(model(base), model(spec))
+
+
+def labels(specs: Sequence[str]) -> list[str]:
+    """A short name for each: the last part of its path, with a number where two are the same."""
+    short = [Path(spec).name.removesuffix(".safetensors") or spec for spec in specs]
+    return [name if short.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(short)]
 
 
 def _zoo(name: str) -> str:
