@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from surgery.cli import frame
-from surgery.cli.frame import Force, command
+from surgery.cli.frame import Force, command, option
 
 
 def register(app: typer.Typer) -> None:
@@ -17,9 +17,7 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where everything is written.")] = Path(
-        "surgery-demo"
-    ),
+    out: Annotated[Path, option("Where everything is written.", "--out", "-o", metavar="DIR")] = Path("surgery-demo"),
     force: Force = False,
 ) -> None:
     """Show what it does on the tiny family: vectors, merges, scores, figures and a report.
@@ -32,4 +30,4 @@ def demo(
 
     with frame.progress("Demo") as advance:
         found = run(out, force=force, progress=advance)
-    frame.result(found.to_dict(), found.told())
+    frame.result(found.to_dict(), *found.told())

@@ -115,6 +115,6 @@ def _figures(found: Geometry, folder: Path) -> list[Path]:
     ]
     written = [save(found.plot(kind), folder / f"{kind}.png") for kind in kinds]
     return written + [
-        save(found.plot("heat map", vector=label), folder / f"heat map {label.replace('/', '-')}.png")
+        save(found.plot("heat map", vector=label), folder / f"heat_map_{label.replace('/', '-').replace(' ', '_')}.png")
         for label in found.labels
     ]
