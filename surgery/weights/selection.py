@@ -37,7 +37,7 @@ class Cut:
     equal: int
     _seen: int = 0
 
-    def keep(self, d: Tensor, out: Tensor) -> Tensor:
+    def keep(self, d: Tensor, out: Tensor, work: Workspace) -> Tensor:
         """`out = d` where kept, 0 elsewhere; `d` is flat float32."""
         if self.threshold == np.inf:
             return out.zero_()
@@ -46,7 +46,7 @@ class Cut:
             return torch.hardshrink(d, below, out=out) if below > 0 else out.copy_(d)
         torch.hardshrink(d, self.threshold, out=out)
         if self.quota > 0 and self.threshold > 0 and self._seen < self.quota:  # zeros are zeros, kept or not
-            places = _where_equal(d, self.threshold)
+            places = _where_equal(d, self.threshold, work)
             chosen = places[: self.quota - self._seen]
             self._seen += places.numel()
             out[chosen] = d[chosen]
@@ -102,9 +102,8 @@ class Low:
 def count_high(chunk: Sequence[Tensor], high: Sequence[np.ndarray], work: Workspace) -> None:
     """Adds the upper digits of every input's magnitudes to its histogram."""
     for d, counts in zip(chunk, high, strict=True):
-        digits = work.take("digits", d.numel(), torch.int32)
-        np.right_shift(_pattern(d), 16, out=digits.numpy().view(np.uint32))
-        both = torch.bincount(digits, minlength=DIGIT).numpy()
+        digits = np.right_shift(_pattern(d), 16, out=work.host("digits", d.numel()))
+        both = torch.bincount(torch.from_numpy(digits.view(np.int32)), minlength=DIGIT).numpy()
         counts += both[:HIGH]
         counts += both[HIGH:]  # the sign is the topmost bit: negative numbers count like positive ones
 
@@ -115,9 +114,8 @@ def count_low(chunk: Sequence[Tensor], lows: Sequence[Sequence[Low]], work: Work
         if all(low.place is None for low in each):
             continue
         size = d.numel()
-        doubled, digits = (work.take(k, size, torch.int32).numpy().view(np.uint32) for k in ("doubled", "digits"))
-        inside = work.take("inside", size, torch.bool).numpy()
-        np.left_shift(_pattern(d), 1, out=doubled)  # the sign falls off
+        doubled = np.left_shift(_pattern(d), 1, out=work.host("doubled", size))  # the sign falls off
+        digits, inside = work.host("digits", size), work.host("inside", size, np.bool_)
         for low in each:
             if low.place is not None:
                 # Wraps round: what is below the bucket becomes large, so that one comparison finds the inside.
@@ -155,7 +153,9 @@ def _pattern(d: Tensor) -> np.ndarray:
     return d.cpu().numpy().view(np.uint32)
 
 
-def _where_equal(d: Tensor, threshold: float) -> Tensor:
+def _where_equal(d: Tensor, threshold: float, work: Workspace) -> Tensor:
     """Indices of the elements of magnitude `threshold`. numpy compares several times faster than torch."""
-    numbers = d.cpu().numpy()
-    return torch.from_numpy(np.flatnonzero((numbers == threshold) | (numbers == -threshold))).to(d.device)
+    doubled = np.left_shift(_pattern(d), 1, out=work.host("doubled", d.numel()))
+    wanted = np.float32(threshold).view(np.uint32) << np.uint32(1)
+    equal = np.equal(doubled, wanted, out=work.host("inside", d.numel(), np.bool_))
+    return torch.from_numpy(np.flatnonzero(equal)).to(d.device)

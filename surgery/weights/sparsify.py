@@ -228,15 +228,28 @@ def bernoulli(probability: Tensor | float, shape: Sequence[int], key: int, offse
 def random_bits(n: int, key: int, offset: int = 0, width: Literal[16, 32] = 16) -> np.ndarray:
     """Elements offset to offset + n of the stream `key` (64-bit): unsigned integers of `width` bits, uniform.
 
-    The stream is numpy's Philox: element i is part i % (64 / width), counted from the low bits, of the raw 64-bit
-    word i // (64 / width), so random_bits(b - a, key, a) == random_bits(n, key)[a:b] for any a and b.
+    Word w of the stream is SplitMix64's output for the state key + (w + 1) * gamma (Steele et al. 2014), so any part is
+    had without the rest: element i is part i % (64 / width), from the low bits, of word i // (64 / width), and
+    random_bits(b - a, key, a) == random_bits(n, key)[a:b] for any a and b. Half the cost of numpy's Philox.
     """
-    block = 256 // width  # one step of the counter makes four 64-bit words
-    steps, skip = divmod(offset, block)
-    generator = np.random.Philox(key=key)
-    generator.advance(steps)
-    words = generator.random_raw(-(-(skip + n) * width // 64))
+    each = 64 // width
+    first, skip = divmod(offset, each)
+    words = np.empty(-(-(skip + n) // each), np.uint64)
+    shifted = np.empty(min(len(words), len(_STEPS)), np.uint64)
+    for start in range(0, len(words), len(_STEPS)):
+        z = words[start : start + len(_STEPS)]
+        t = shifted[: len(z)]
+        np.add(_STEPS[: len(z)], np.uint64((key + (first + start) * _GAMMA) % 2**64), out=z)
+        for shift, factor in _MIX:
+            np.bitwise_xor(z, np.right_shift(z, shift, out=t), out=z)
+            np.multiply(z, factor, out=z)
+        np.bitwise_xor(z, np.right_shift(z, 31, out=t), out=z)
     return words.astype("<u8", copy=False).view(f"<u{width // 8}")[skip : skip + n]
+
+
+_GAMMA = 0x9E3779B97F4A7C15
+_STEPS = np.arange(1, (1 << 14) + 1, dtype=np.uint64) * np.uint64(_GAMMA)
+_MIX = ((30, np.uint64(0xBF58476D1CE4E5B9)), (27, np.uint64(0x94D049BB133111EB)))
 
 
 def derive_key(*parts: int | str) -> int:

@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,7 @@ class Workspace:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self._buffers: dict[tuple[Any, torch.dtype], Tensor] = {}
+        self._host: dict[Any, np.ndarray] = {}
 
     def take(self, key: Any, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A flat buffer of `numel` numbers with undefined content, the same memory for the same `key`."""
@@ -39,6 +41,12 @@ class Workspace:
         if buffer is None or buffer.numel() < numel:
             buffer = self._buffers[key, dtype] = torch.empty(max(numel, 1024), dtype=dtype, device=self.device)
         return buffer[:numel]
+
+    def host(self, key: Any, numel: int, dtype: Any = np.uint32) -> np.ndarray:
+        """The same in the processor's memory, whatever the device: for what numpy does better."""
+        if key not in self._host or len(self._host[key]) < numel:
+            self._host[key] = np.empty(max(numel, 1024), dtype)
+        return self._host[key][:numel]
 
 
 class Streams:

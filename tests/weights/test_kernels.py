@@ -116,7 +116,7 @@ def test_radix_selection_is_a_stable_sort(n, share, update, seed):
     work = Workspace()
     pieces = list(d.split(37))
     [[cut]] = cuts(lambda: ([p] for p in pieces), [[k]], work)
-    kept = torch.cat([cut.keep(p, torch.empty_like(p)) for p in pieces])
+    kept = torch.cat([cut.keep(p, torch.empty_like(p), work) for p in pieces])
     mask = torch.zeros(n, dtype=torch.bool)
     mask[torch.sort(d.abs(), descending=True, stable=True).indices[:k]] = True
     assert torch.equal(kept, d * mask)

@@ -18,8 +18,8 @@ from surgery.weights.sparsify import EVERYTHING, NOTHING, Selection, apply_selec
 # Small whole numbers: most magnitudes are equal to some other, as in bfloat16 checkpoints.
 tied = st.lists(st.integers(-3, 3), min_size=1, max_size=40).map(lambda v: torch.tensor(v, dtype=torch.float32))
 shares = st.floats(0, 1)
-PINNED_16 = [54857, 18215, 5214, 49411, 29162, 15172]
-PINNED_32 = [3567018378, 2057052901, 3556833425]
+PINNED_16 = [60629, 63630, 36844, 40813, 62162, 5393]
+PINNED_32 = [1282374847, 2929440857, 499018208]
 PINNED_KEY = 2989728047800744224
 TIES = ("index", "all", "none", "random")
 
@@ -135,6 +135,8 @@ def test_random_bits_are_pinned() -> None:
     """A recipe gives the same model for ever: these numbers must not change."""
     assert random_bits(6, key=2024).tolist() == PINNED_16
     assert random_bits(3, key=2024, offset=5, width=32).tolist() == PINNED_32
+    words = random_bits(6, key=1234567, width=32).view("<u8").tolist()  # SplitMix64's well-known first outputs
+    assert words == [6457827717110365317, 3203168211198807973, 9817491932198370423]
     assert sparsify.derive_key(0, "dare_ties", "model-a", "lm_head.weight") == PINNED_KEY
 
 
