@@ -23,11 +23,10 @@ BLOCK = 1 << 15
 def gram(streams: Streams, *, of_deltas: bool) -> Tensor:
     """Inner products (inputs, inputs) in float64 of one tensor of all inputs: of their differences from the base, or
     of the inputs themselves, the base first if there is one."""
-    total = torch.zeros(1, 1, dtype=torch.float64)
+    count = streams.inputs + (streams.has_base and not of_deltas)
+    total = torch.zeros(count, count, dtype=torch.float64)
     for start, stop in streams.chunks():
         vectors = streams.deltas(start, stop)[1] if of_deltas else streams.load(start, stop)
-        if len(total) != len(vectors):
-            total = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
         for i, a in enumerate(vectors):
             for j, b in enumerate(vectors[: i + 1]):
                 products = [torch.dot(x, y) for x, y in zip(a.split(BLOCK), b.split(BLOCK), strict=True)]

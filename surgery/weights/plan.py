@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -32,6 +31,10 @@ STREAMED = frozenset({
 """Methods that work chunk by chunk with their usual parameters (a test holds this against the methods)."""
 CHUNK = 1 << 18
 """As in `streams`, which needs torch."""
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""What families call the number of layers in their configs."""
+LAYER_LISTS = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")
+"""What says something of each layer: sliding or full attention, dense or sparse."""
 SHOWN = 12
 """How many tensor names a message lists before it says how many more there are."""
 
@@ -220,6 +223,7 @@ class _Planner:
         """Jobs for a stack of slices: layers are renumbered; what is before the layers comes from the first slice,
         what is behind them from the last."""
         depth = 0
+        origins: list[tuple[dict[str, Any], int]] = []
         for piece in slices:
             if piece.depth is None:
                 raise SurgeryError("A slice names no layers.", hint="Give every source of every slice a layer range.")
@@ -242,6 +246,7 @@ class _Planner:
                     out = anatomy.with_layer(name, depth + place)
                     yield from self._job(out, piece, names, base_name, relative_depth(place, piece.depth))
             depth += piece.depth
+            origins += [(self._source(first).config, first.layers[0] + i) for i in range(piece.depth) if first.layers]
         first_piece, last_piece = slices[0], slices[-1]
         for piece, behind in ((first_piece, False), (last_piece, True)):
             members = self._source(piece.inputs[0]).tensors
@@ -251,44 +256,33 @@ class _Planner:
                     continue
                 if (anatomy.kind_of(name) in ("norm", "head")) == behind:
                     yield from self._job(name, piece, [name] * len(piece.inputs), name, 0.0)
-        if depth != anatomy.num_layers(self.sources[self.plan_.template].tensors):
-            self.plan_.config_changes |= _layer_count(self.sources[self.plan_.template].config, depth)
+        self.plan_.config_changes |= _layers_in(self.sources[self.plan_.template].config, origins)
 
     def _job(self, out: str, piece: Slice, names: list[str], base_name: str, t: float) -> Iterator[Job]:
         """The job of one output tensor; nothing when it is missing somewhere (which is noted)."""
         recipe = self.recipe
         parts = [Part(self._number(i), n) for i, n in zip(piece.inputs, names, strict=True)]
         base = Part(self._number(piece.base), base_name) if piece.base else None
-        has = [p for p in parts if p.name in self.sources[p.source].tensors]
-        if base is not None and base.name not in self.sources[base.source].tensors:
-            self.missing.setdefault(str(self.refs[base.source]), []).append(base.name)
-            if recipe.missing == "error":
-                return
-            base = None
-            if self.signature.base == "required":  # nothing to take a difference from: the first input's own
-                yield self._copy(out, has[0])
-                return
+        wanted = [base, *parts] if base else parts
+        lacking = [p for p in wanted if p.name not in self.sources[p.source].tensors]
+        has = [p for p in parts if p not in lacking]
+        baseless, base = base in lacking, None if base in lacking else base
         if not recipe.merges(out):
-            source = base or (has[0] if has else None)
-            if source is not None:
-                yield self._copy(out, source)
+            yield self._copy(out, base or has[0])
+            return
+        for p in lacking:
+            self.missing.setdefault(str(self.refs[p.source]), []).append(p.name)
+        if lacking and recipe.missing == "error":
             return
         used = list(range(len(parts)))
-        if len(has) < len(parts):
-            for p in parts:
-                if p not in has:
-                    self.missing.setdefault(str(self.refs[p.source]), []).append(p.name)
-            if recipe.missing == "error":
-                return
-            if recipe.missing == "base" and base is not None:
-                parts = [p if p in has else base for p in parts]
-            else:
-                used = [i for i, p in enumerate(parts) if p in has]
-        infos = [self._info(parts[i]) for i in used] + ([self._info(base)] if base else [])
-        if not used:
-            if base is not None:
-                yield self._copy(out, base)
+        if recipe.missing == "base" and base is not None:
+            parts = [p if p in has else base for p in parts]
+        else:
+            used = [i for i in used if parts[i] in has]
+        if len(used) < self.signature.inputs[0] or (baseless and self.signature.base == "required"):
+            yield self._copy(out, base or has[0])  # too few are left, or nothing to take a difference from
             return
+        infos = [self._info(parts[i]) for i in used] + ([self._info(base)] if base else [])
         lead = infos[-1] if base else infos[0]
         if any(info.shape != lead.shape for info in infos):
             shapes = ", ".join(f"{self.refs[parts[i].source]} {list(self._info(parts[i]).shape)}" for i in used)
@@ -382,11 +376,19 @@ def _some(names: list[str]) -> str:
     return shown + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-def _layer_count(config: dict[str, Any], depth: int) -> dict[str, Any]:
-    """The change of config for another number of layers, whatever the family calls it."""
-    keys = [k for k in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if k in config]
-    changes: dict[str, Any] = dict.fromkeys(keys or ["num_hidden_layers"], depth)
-    kinds = config.get("layer_types")
-    if isinstance(kinds, list) and kinds:  # sliding or full attention, by layer: repeat the pattern
-        changes["layer_types"] = (kinds * math.ceil(depth / len(kinds)))[:depth]
-    return changes
+def _layers_in(config: dict[str, Any], origins: list[tuple[dict[str, Any], int]]) -> dict[str, Any]:
+    """The changes to what `config` says of layers, when each is that of another config and number (`origins`)."""
+
+    def text(whole: dict[str, Any]) -> tuple[str, dict[str, Any]]:  # multi-modal models say it in a part of theirs
+        inner = whole.get("text_config")
+        if isinstance(inner, dict) and not any(k in whole for k in LAYER_COUNTS):
+            return "text_config.", inner
+        return "", whole
+
+    place, own = text(config)
+    wanted: dict[str, Any] = {k: len(origins) for k in LAYER_COUNTS if k in own} or {LAYER_COUNTS[0]: len(origins)}
+    for key in LAYER_LISTS:
+        lists: list[Any] = [text(each)[1].get(key) for each, _ in origins]
+        if isinstance(own.get(key), list) and all(isinstance(kinds, list) and kinds for kinds in lists):
+            wanted[key] = [kinds[i % len(kinds)] for kinds, (_, i) in zip(lists, origins, strict=True)]
+    return {place + k: v for k, v in wanted.items() if own.get(k) != v}

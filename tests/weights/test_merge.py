@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,7 @@ from safetensors.torch import save_file
 from surgery.checkpoint import provenance
 from surgery.checkpoint.reader import open_checkpoint
 from surgery.errors import SurgeryError
-from surgery.weights import merge as engine
-from surgery.weights import streams
+from surgery.weights import engine, streams
 from surgery.weights.merge import merge, merge_in_memory
 from surgery.weights.methods import METHODS
 from surgery.weights.recipe import recipe_from_source
@@ -286,10 +286,11 @@ def test_a_model_with_an_adapter(plain, tmp_path, caplog):
 
 SLOW = """
 import sys, time
-from surgery.weights import merge as engine
-work = engine._Engine._merge
-engine._Engine._merge = lambda *given: (time.sleep(0.05), work(*given))[1]
-engine.merge(sys.argv[1], sys.argv[2], threads=2)
+from surgery.weights.engine import Engine
+from surgery.weights.merge import merge
+work = Engine._merge
+Engine._merge = lambda *given: (time.sleep(0.05), work(*given))[1]
+merge(sys.argv[1], sys.argv[2], threads=2)
 """
 
 
@@ -337,7 +338,7 @@ def test_what_was_changed_is_not_taken_up(plain, tmp_path):
     for changed in (made | {"parameters": {"weight": 0.6}}, made | {"nonfinite": "base"}, made | {"seed": 1}):
         interrupted(made, out)
         assert merge(changed, out, force=True).resumed == 0
-        engine.shutil.rmtree(out)
+        shutil.rmtree(out)
     interrupted(made, out)
     update = adapter(tmp_path / "lora", base, seed=7)
     assert merge(made, out).resumed == 0
