@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return frame.failed(error, f"{error.strerror or error}{where}.", None, code=1)
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own, for wrong usage
-            return frame.failed(error, error.format_message(), frame.usage_hint(words), code=2)
+            problem, where = error.format_message(), getattr(getattr(error, "ctx", None), "command_path", "surgery")
+            # a group that is called alone has shown its help, and there is no more to say
+            return frame.failed(error, problem, f"`{where} --help` shows how it is used.", code=2) if problem else 2
         hint = "This is a fault of the program; --debug shows where it is."
         return frame.failed(error, f"{type(error).__name__}: {error}", hint, code=1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Annotated
 
 import typer
 
 import surgery
 from surgery.cli import demo, look, merge, methods, zoo
-from surgery.cli.frame import Debug, Json, Quiet, new_app, set_global
+from surgery.cli.frame import Debug, Json, Quiet, new_app, set_global, unwrapped
 
 app = new_app()
 app.add_typer(look.app, name="vector")  # the group of vector.py, with `inspect` and `check`
@@ -24,7 +25,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback()
 def surgery_command(
     json: Json = False,
     quiet: Quiet = False,
@@ -44,3 +44,6 @@ def surgery_command(
     surgery merge --method ties --base tiny-base tiny-chain tiny-shift -o merged
     """
     set_global(json, quiet, debug)
+
+
+app.callback(help=unwrapped(inspect.getdoc(surgery_command) or ""))(surgery_command)

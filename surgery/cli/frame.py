@@ -86,14 +86,17 @@ def command(app: typer.Typer, name: str, **settings: Any) -> Callable[[Callable[
         @functools.wraps(function)
         def run(**given: Any) -> Any:
             set_global(*(given.pop(word) for word in extra))
-            return function(**given)
+            try:
+                return function(**given)
+            except KeyboardInterrupt:  # typer would end without a word
+                raise typer.Abort() from None
 
         parameters = [p.replace(annotation=hints[n]) for n, p in inspect.signature(function).parameters.items()]
         parameters += [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
                        for n, kind in extra.items()]  # fmt: skip
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
-        run.__doc__ = _unwrapped(inspect.getdoc(function) or "")
+        run.__doc__ = unwrapped(inspect.getdoc(function) or "")
         del run.__wrapped__
         app.command(name, **settings)(run)
         return function
@@ -101,7 +104,7 @@ def command(app: typer.Typer, name: str, **settings: Any) -> Callable[[Callable[
     return register
 
 
-def _unwrapped(text: str) -> str:
+def unwrapped(text: str) -> str:
     """Paragraphs in one line each, for the terminal to break; those that begin with \\b stay as they are."""
     return "\n\n".join(p if p.startswith("\b") else " ".join(p.split("\n")) for p in text.split("\n\n"))
 
@@ -146,13 +149,6 @@ def failed(error: BaseException, problem: str, hint: str | None, *, code: int) -
         traceback.print_exception(error)
     print(f"surgery: {problem}" + (f"\n{hint}" if hint else ""), file=sys.stderr)
     return code
-
-
-def usage_hint(words: Sequence[str]) -> str:
-    """Whose help to read."""
-    named = [w for w in words if not w.startswith("-")]
-    group = named[:2] if named[:1] in (["vector"], ["zoo"]) else named[:1]
-    return f"`{' '.join(['surgery', *group, '--help'])}` shows how it is used."
 
 
 # ---- how far it is -------------------------------------------------------------------------------------------------

@@ -151,6 +151,8 @@ def combine(
 ) -> None:
     """Compute with vectors, and store the result as one.
 
+    A formula knows + - * / and brackets. One that begins with a minus needs a space before it: " -a".
+
     \b
     Examples:
     surgery vector combine "a - b + 0.5*c" a=A.safetensors b=B.safetensors c=C.safetensors -o d.safetensors
