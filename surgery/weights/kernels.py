@@ -183,7 +183,8 @@ def bands(streams: Streams, ranks: Sequence[tuple[int, int]], ties: str) -> list
     def walk() -> Iterator[list[Tensor]]:
         return (streams.deltas(start, stop)[1] for start, stop in streams.chunks())
 
-    found = cuts(walk, [(wanted + removed, removed) for wanted, removed in ranks], streams.work, ties=ties)
+    sought = [(wanted + removed, removed) for wanted, removed in ranks]
+    found = cuts(walk, sought, streams.work, ties=ties, sample=streams.sample(), numel=streams.numel)
     streams.report["ties_at_threshold"] = [lower.equal if lower.threshold > 0 else 0 for lower, _ in found]
     streams.report["kept_share"] = [wanted / streams.numel for wanted, _ in ranks]
     return [partial(Band, lower, upper, streams.work) for lower, upper in found]

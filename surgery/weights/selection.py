@@ -53,12 +53,30 @@ class Cut:
         return out
 
 
-def cuts(walk: Walk, ranks: Sequence[Sequence[int]], work: Workspace, *, ties: str = "index") -> list[list[Cut]]:
+def cuts(
+    walk: Walk,
+    ranks: Sequence[Sequence[int]],
+    work: Workspace,
+    *,
+    ties: str = "index",
+    sample: Sequence[Tensor] | None = None,
+    numel: int = 0,
+) -> list[list[Cut]]:
     """For every input the cuts that keep its `ranks` largest magnitudes (several ranks per input are free).
 
     `ties` says which of the elements equal to the threshold are kept: `"index"` the first, so that exactly k are,
-    `"all"` or `"none"`, as in `sparsify`.
+    `"all"` or `"none"`, as in `sparsify`. With a `sample` of each input (which has `numel` elements in all) the first
+    pass is saved: the sample foretells the bucket, and when it was wrong, which the counts tell, both passes are made.
     """
+    if sample is not None:
+        foretold = [np.zeros(HIGH, np.int64) for _ in ranks]
+        count_high(sample, foretold, work)
+        places = [[_around(h, rank / numel, rank) for rank in each] for h, each in zip(foretold, ranks, strict=True)]
+        lows = [[Low(place, count_above=True) for place in each] for each in places]
+        for chunk in walk():
+            count_low(chunk, lows, work)
+        if all(low.holds for each in lows for low in each):
+            return [[cut(low, ties) for low in each] for each in lows]
     high = [np.zeros(HIGH, np.int64) for _ in ranks]
     for chunk in walk():
         count_high(chunk, high, work)
@@ -68,35 +86,80 @@ def cuts(walk: Walk, ranks: Sequence[Sequence[int]], work: Workspace, *, ties: s
     return [[cut(low, ties) for low in each] for each in lows]
 
 
-Place = tuple[int, int] | None
-"""The bucket (upper digit) that holds a rank, and the rank inside that bucket; None when nothing is wanted."""
+@dataclass
+class Place:
+    """Where a rank is sought: among `buckets` upper digits from `first` on, as the `rank`-th largest of those."""
+
+    first: int
+    rank: int
+    buckets: int = 1
+
+
+def locate(high: np.ndarray, rank: int) -> Place | None:
+    """The bucket of the `rank`-th largest, and its rank in there; None when nothing is wanted."""
+    rank = min(rank, int(high.sum()))
+    if rank <= 0:
+        return None
+    above = high[::-1].cumsum()[::-1]
+    bucket = int(np.flatnonzero(above >= rank)[-1])
+    return Place(bucket, rank - (int(above[bucket + 1]) if bucket + 1 < len(above) else 0))
+
+
+def _around(sample: np.ndarray, share: float, rank: int) -> Place | None:
+    """The bucket that the sample's histogram foretells, with its neighbours; `rank` is still that in the whole."""
+    found = locate(sample, max(1, round(share * int(sample.sum())))) if rank > 0 else None
+    if found is None:
+        return None
+    first = max(0, found.first - 1)
+    return Place(first, rank, min(HIGH, found.first + 2) - first)
 
 
 @dataclass
 class Low:
-    """The lower digits of the elements in one bucket, counted in large portions: a histogram costs 0.5 MB each time."""
+    """The lower digits of the elements at a place, counted in large portions: a histogram costs 0.5 MB each time."""
 
-    place: Place
-    _counts: np.ndarray = field(default_factory=lambda: np.zeros(DIGIT, np.int64))
+    place: Place | None
+    count_above: bool = False
+    """Also counts what lies above the place, whose rank is then that in the whole tensor."""
+    above: int = 0
+    _counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     _waiting: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, digits: np.ndarray) -> None:
-        """Takes digits (whole numbers below 2^16) in."""
-        self._waiting.append(digits)
+    def add(self, doubled: np.ndarray, work: Workspace) -> None:
+        """Takes a chunk in: the patterns of its numbers, shifted left by one so that the sign is gone."""
+        if self.place is None:
+            return
+        digits, inside = work.host("digits", len(doubled)), work.host("inside", len(doubled), np.bool_)
+        width = self.place.buckets * DIGIT * 2
+        # Wraps round: what is below the place becomes large, so that one comparison finds the inside.
+        np.subtract(doubled, np.uint32(self.place.first * DIGIT * 2), out=digits)
+        np.less(digits, np.uint32(width), out=inside)
+        self._waiting.append(digits[inside] >> 1)
+        if self.count_above and (end := self.place.first * DIGIT * 2 + width) < 2**32:
+            self.above += int(np.count_nonzero(np.greater_equal(doubled, np.uint32(end), out=inside)))
         if sum(d.size for d in self._waiting) > 1 << 19:
             self.counts  # noqa: B018 - counts what is waiting
 
     def merge(self, other: Low) -> None:
-        """Adds what `other` counted in the same bucket."""
-        self._counts += other.counts
+        """Adds what `other` counted at the same place."""
+        self._counts = self.counts + other.counts
+        self.above += other.above
 
     @property
     def counts(self) -> np.ndarray:
-        """How often each digit was seen."""
+        """How often each digit was seen, from the place's first number on."""
+        size = DIGIT * (self.place.buckets if self.place else 1)
+        if not len(self._counts):
+            self._counts = np.zeros(size, np.int64)
         if self._waiting:
-            self._counts += np.bincount(np.concatenate(self._waiting), minlength=DIGIT)
+            self._counts += np.bincount(np.concatenate(self._waiting), minlength=size)
             self._waiting.clear()
         return self._counts
+
+    @property
+    def holds(self) -> bool:
+        """Whether the rank lies inside the place."""
+        return self.place is None or self.above < self.place.rank <= self.above + int(self.counts.sum())
 
 
 def count_high(chunk: Sequence[Tensor], high: Sequence[np.ndarray], work: Workspace) -> None:
@@ -109,43 +172,25 @@ def count_high(chunk: Sequence[Tensor], high: Sequence[np.ndarray], work: Worksp
 
 
 def count_low(chunk: Sequence[Tensor], lows: Sequence[Sequence[Low]], work: Workspace) -> None:
-    """Adds the lower digits of the magnitudes in each wanted bucket to its histogram."""
+    """Adds the lower digits of the magnitudes at each wanted place to its histogram."""
     for d, each in zip(chunk, lows, strict=True):
-        if all(low.place is None for low in each):
-            continue
-        size = d.numel()
-        doubled = np.left_shift(_pattern(d), 1, out=work.host("doubled", size))  # the sign falls off
-        digits, inside = work.host("digits", size), work.host("inside", size, np.bool_)
-        for low in each:
-            if low.place is not None:
-                # Wraps round: what is below the bucket becomes large, so that one comparison finds the inside.
-                np.subtract(doubled, np.uint32(low.place[0] << 17), out=digits)
-                np.less(digits, np.uint32(DIGIT << 1), out=inside)
-                low.add(digits[inside] >> 1)
-
-
-def locate(high: np.ndarray, rank: int) -> Place:
-    """Where the `rank`-th largest is, by the upper digits alone."""
-    rank = min(rank, int(high.sum()))
-    if rank <= 0:
-        return None
-    above = high[::-1].cumsum()[::-1]
-    bucket = int(np.flatnonzero(above >= rank)[-1])
-    return bucket, rank - (int(above[bucket + 1]) if bucket + 1 < len(above) else 0)
+        if any(low.place is not None for low in each):
+            doubled = np.left_shift(_pattern(d), 1, out=work.host("doubled", d.numel()))
+            for low in each:
+                low.add(doubled, work)
 
 
 def cut(low: Low, ties: str) -> Cut:
-    """The cut at the rank that `locate` placed, from the lower digits of its bucket."""
+    """The cut at the rank that was sought, from the digits counted around it."""
     if low.place is None:
         return Cut(np.inf, 0, 0)
-    bucket, rank = low.place
-    above = low.counts[::-1].cumsum()[::-1]
-    digit = int(np.flatnonzero(above >= rank)[-1])
+    rank = low.place.rank - low.above
+    at_least = low.counts[::-1].cumsum()[::-1]
+    digit = int(np.flatnonzero(at_least >= rank)[-1])
     equal = int(low.counts[digit])
-    quota = rank - (int(above[digit + 1]) if digit + 1 < len(above) else 0)
-    threshold = float(np.array(bucket << 16 | digit, np.uint32).view(np.float32))
-    quota = {"all": equal, "none": 0}.get(ties, quota)
-    return Cut(threshold, quota, equal)
+    quota = rank - (int(at_least[digit + 1]) if digit + 1 < len(at_least) else 0)
+    threshold = float(np.array(low.place.first * DIGIT + digit, np.uint32).view(np.float32))
+    return Cut(threshold, {"all": equal, "none": 0}.get(ties, quota), equal)
 
 
 def _pattern(d: Tensor) -> np.ndarray:

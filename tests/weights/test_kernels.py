@@ -115,11 +115,13 @@ def test_radix_selection_is_a_stable_sort(n, share, update, seed):
     k = int(share * n)
     work = Workspace()
     pieces = list(d.split(37))
-    [[cut]] = cuts(lambda: ([p] for p in pieces), [[k]], work)
-    kept = torch.cat([cut.keep(p, torch.empty_like(p), work) for p in pieces])
     mask = torch.zeros(n, dtype=torch.bool)
     mask[torch.sort(d.abs(), descending=True, stable=True).indices[:k]] = True
-    assert torch.equal(kept, d * mask)
+    good, misleading = d[: max(1, n // 2)], torch.full((9,), 1e-20)
+    for sample in (None, [good], [misleading]):
+        [[cut]] = cuts(lambda: ([p] for p in pieces), [[k]], work, sample=sample, numel=n)
+        kept = torch.cat([cut.keep(p, torch.empty_like(p), work) for p in pieces])
+        assert torch.equal(kept, d * mask)
 
 
 def test_result_does_not_depend_on_the_chunk_size(monkeypatch):
