@@ -33,6 +33,7 @@ from surgery.weights.engine import Engine
 from surgery.weights.kinship import strangers
 from surgery.weights.plan import Job, Plan, check_output, plan
 from surgery.weights.recipe import Recipe, load_recipes, recipe_from_source
+from surgery.weights.streams import one_torch_thread
 
 Rounding = Literal["nearest", "stochastic"]
 Progress = Callable[[str, int, int], None]
@@ -158,7 +159,8 @@ def execute(
     threads = threads or os.cpu_count() or 1
     recipe = ready.recipe
     job_id = _digest(ready, rounding)
-    warnings = strangers(ready)
+    with one_torch_thread():  # a pool of torch's own threads costs more than the look itself
+        warnings = strangers(ready)
     infos = [job.out for job in ready.jobs]
     with CheckpointWriter(out, infos, shard_size=recipe.shard_size, job=job_id, force=force) as writer:
         reports: dict[str, dict[str, Any]] = dict(writer.done)

@@ -180,6 +180,8 @@ def test_a_wrong_base_is_refused_and_a_transfer_must_be_asked_for(family, tmp_pa
     assert main(["vector", "extract", *family[:2], "-o", str(vector), "--quiet"]) == 0
     assert "--transfer" in refused(["vector", "apply", vector, family[2], "-o", out], capsys)
     assert "--vector-base" in refused(["vector", "apply", vector, family[2], "-o", out, "--transfer"], capsys)
+    for argv in (["combine", "a", f"a={vector}", "-o", out], ["inspect", vector]):  # read beside another base: nonsense
+        assert "is not the base" in refused(["vector", *argv, "--base", family[2]], capsys)
     argv = ["vector", "apply", vector, family[2], "-o", out, "--transfer", "--vector-base", family[0]]
     assert main([*map(str, argv), "--quiet"]) == 0
 
