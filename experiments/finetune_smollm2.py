@@ -29,7 +29,7 @@ from surgery.zoo import get
 
 DATA = {"gsm8k": gsm8k, "svamp": svamp}
 HELD_OUT = {"gsm8k": 60, "svamp": 100}
-MAX_NEW_TOKENS = {"gsm8k": 200, "svamp": 120}
+MAX_NEW_TOKENS = 300  # the base is wordy: with 120, more than half of its answers were cut off
 
 
 def rows(tokenizer, examples: list[Example], longest: int) -> list[tuple[list[int], list[int]]]:
@@ -96,8 +96,8 @@ def finetune(model, data: list, *, steps: int, size: int, lr: float, seed: int, 
     return losses
 
 
-def make(out: Path, name: str, options: argparse.Namespace) -> dict:
-    """Train the fine-tuning `name` and save it, whole or not at all; returns what is to be said about it."""
+def make(out: Path, name: str, options: argparse.Namespace) -> None:
+    """Train the fine-tuning `name` and save it, whole or not at all; `results` says how it went."""
     model, tokenizer = load(out / "base")
     data = rows(tokenizer, DATA[name]("train"), options.longest)
     start = time.perf_counter()
@@ -107,11 +107,16 @@ def make(out: Path, name: str, options: argparse.Namespace) -> dict:
         "seconds": round(time.perf_counter() - start),
         "losses": [round(loss, 4) for loss in losses],
     }
+    (out / "results").mkdir(exist_ok=True)
+    training_record(out, name).write_text(json.dumps(said, indent=1) + "\n")
     temporary = out / f".{name}.{os.getpid()}"
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     os.replace(temporary, out / name)
-    return said
+
+
+def training_record(out: Path, name: str) -> Path:
+    return out / "results" / f"{name}-training.json"
 
 
 def measure(folder: Path) -> dict[str, dict]:
@@ -122,8 +127,9 @@ def measure(folder: Path) -> dict[str, dict]:
         examples = data("test", HELD_OUT[name])
         prompts, responses = [e.prompt for e in examples], [e.response for e in examples]
         likely = answer_log_likelihood(model, tokenizer, prompts, responses, chat=True, batch_size=8)
-        limit = MAX_NEW_TOKENS[name]
-        right = accuracy(model, tokenizer, examples, same_number, chat=True, batch_size=20, max_new_tokens=limit)
+        right = accuracy(
+            model, tokenizer, examples, same_number, chat=True, batch_size=20, max_new_tokens=MAX_NEW_TOKENS
+        )
         for kind, result in (("likelihood", likely), ("accuracy", right)):
             result.save(folder.parent / "results" / f"{folder.name}-on-{name}-{kind}")
         print(f"{folder.name} on {name}: {likely}; {right}", flush=True)
@@ -166,8 +172,9 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, mp_context=context, initializer=start) as pool:
         # A model that is there already is taken as it is: an interrupted run goes on.
-        making = {name: pool.submit(make, out, name, options) for name in DATA if not (out / name).exists()}
-        report["training"] = {name: job.result() for name, job in making.items()}
+        for job in [pool.submit(make, out, name, options) for name in DATA if not (out / name).exists()]:
+            job.result()
+        report["training"] = {name: json.loads(training_record(out, name).read_text()) for name in DATA}
         measuring = {name: pool.submit(measure, out / name) for name in ("base", *DATA)}
         report["models"] = {name: job.result() for name, job in measuring.items()}
     report["tests"] = {n: {k: compare(out, n, k) for k in ("likelihood", "accuracy")} for n in DATA}
