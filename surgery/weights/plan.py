@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from surgery.checkpoint.reader import Source, open_checkpoint
 from surgery.checkpoint.writer import check_target
 from surgery.errors import SurgeryError
 from surgery.weights.alignment import Aligned, align_sources, refuse_other_tokens
+from surgery.weights.depth import layers_in_config
 from surgery.weights.heads import head_is_copied, with_like_heads
 from surgery.weights.recipe import ModelRef, Recipe, Slice, relative_depth, resolve
 from surgery.weights.recipe.schema import Input
@@ -31,10 +32,6 @@ STREAMED = frozenset({
 """Methods that work chunk by chunk with their usual parameters (a test holds this against the methods)."""
 CHUNK = 1 << 18
 """As in `streams`, which needs torch."""
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-"""What families call the number of layers in their configs."""
-LAYER_LISTS = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")
-"""What says something of each layer: sliding or full attention, dense or sparse."""
 SHOWN = 12
 """How many tensor names a message lists before it says how many more there are."""
 
@@ -169,6 +166,8 @@ class _Planner:
         self.plan_ = Plan(recipe, refs, sources, [], 0, notes=list(recipe.notes))
         self.missing: dict[str, list[str]] = {}
         self.mismatched: list[str] = []
+        self.mine: Callable[[str], bool] = lambda tensor: True
+        """Whether a tensor belongs to the module that is being planned."""
 
     def plan(self) -> Plan:
         recipe, plan = self.recipe, self.plan_
@@ -189,7 +188,11 @@ class _Planner:
             plan.config_changes |= plan.vocabulary.config_changes
             plan.notes += plan.vocabulary.notes
         jobs: dict[str, Job] = {}
-        for module in recipe.modules.values():
+        rest = self._module_of_the_rest()
+        for name, module in recipe.modules.items():
+            self.mine = self._claims(name, rest)
+            if name != rest and any(piece.depth is not None for piece in module.slices):
+                raise SurgeryError(f"Module '{name}': only '{rest}' can be made of layers.", hint="Use `models`.")
             if all(piece.depth is None for piece in module.slices):
                 found = list(self._whole(module.slices[0]))
             else:
@@ -203,6 +206,24 @@ class _Planner:
         return plan
 
     # ---- which tensors ---------------------------------------------------------------------------------------------
+
+    def _module_of_the_rest(self) -> str:
+        """The module of all tensors that name no other: `text_decoder` beside a `vision_tower`."""
+        named = {part for source in self.sources for tensor in source.tensors for part in tensor.split(".")}
+        others = [module for module in self.recipe.modules if module not in named]
+        if len(others) != 1 and len(self.recipe.modules) > 1:
+            told = ", ".join(others) if others else "none of " + ", ".join(self.recipe.modules)
+            raise SurgeryError(
+                "A module takes the tensors that have its name among the parts of theirs, and one module the rest; "
+                f"{told} would be that one.",
+                hint="Call them as the tensors are called: vision_tower, multi_modal_projector.",
+            )
+        return others[0] if others else next(iter(self.recipe.modules))
+
+    def _claims(self, module: str, rest: str) -> Callable[[str], bool]:
+        """Whether a tensor belongs to `module`."""
+        others = set(self.recipe.modules) - {rest}
+        return lambda tensor: (others.isdisjoint(tensor.split("."))) if module == rest else module in tensor.split(".")
 
     def _whole(self, piece: Slice) -> Iterator[Job]:
         """Jobs for the tensors of whole models, by name."""
@@ -256,10 +277,12 @@ class _Planner:
                     continue
                 if (anatomy.kind_of(name) in ("norm", "head")) == behind:
                     yield from self._job(name, piece, [name] * len(piece.inputs), name, 0.0)
-        self.plan_.config_changes |= _layers_in(self.sources[self.plan_.template].config, origins)
+        self.plan_.config_changes |= layers_in_config(self.sources[self.plan_.template].config, origins)
 
     def _job(self, out: str, piece: Slice, names: list[str], base_name: str, t: float) -> Iterator[Job]:
         """The job of one output tensor; nothing when it is missing somewhere (which is noted)."""
+        if not self.mine(out):
+            return
         recipe = self.recipe
         parts = [Part(self._number(i), n) for i, n in zip(piece.inputs, names, strict=True)]
         base = Part(self._number(piece.base), base_name) if piece.base else None
@@ -374,21 +397,3 @@ class _Planner:
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:SHOWN])
     return shown + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-
-
-def _layers_in(config: dict[str, Any], origins: list[tuple[dict[str, Any], int]]) -> dict[str, Any]:
-    """The changes to what `config` says of layers, when each is that of another config and number (`origins`)."""
-
-    def text(whole: dict[str, Any]) -> tuple[str, dict[str, Any]]:  # multi-modal models say it in a part of theirs
-        inner = whole.get("text_config")
-        if isinstance(inner, dict) and not any(k in whole for k in LAYER_COUNTS):
-            return "text_config.", inner
-        return "", whole
-
-    place, own = text(config)
-    wanted: dict[str, Any] = {k: len(origins) for k in LAYER_COUNTS if k in own} or {LAYER_COUNTS[0]: len(origins)}
-    for key in LAYER_LISTS:
-        lists: list[Any] = [text(each)[1].get(key) for each, _ in origins]
-        if isinstance(own.get(key), list) and all(isinstance(kinds, list) and kinds for kinds in lists):
-            wanted[key] = [kinds[i % len(kinds)] for kinds, (_, i) in zip(lists, origins, strict=True)]
-    return {place + k: v for k, v in wanted.items() if own.get(k) != v}

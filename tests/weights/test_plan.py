@@ -231,6 +231,27 @@ def test_what_is_not_used_is_listed(family):
     assert "self_attn.q_proj.bias" in p.dropped[1] and p.config_changes == {"num_hidden_layers": 1}
 
 
+def test_modules(tmp_path):
+    """The text of two models merged and stacked, the eyes of the first kept, which the second lacks."""
+    base, (tuned,) = tiny_family(tmp_path, 1)
+    tower = {f"vision_tower.encoder.layers.{i}.mlp.fc1.weight": torch.full((3, 4), float(i)) for i in range(3)}
+    with_tensors(base, tower)
+    layers = [{"model": str(m), "layers": [0, 2]} for m in (base, tuned)]
+    text = {"slices": [{"inputs": layers}, {"inputs": layers}]}
+    made = {"method": "linear", "modules": {"text_decoder": text, "vision_tower": {"models": [str(base)]}}}
+    merged, b, f = merge_in_memory(made), load_state(base), load_state(tuned)
+    assert all(torch.equal(merged[n], t) for n, t in tower.items())
+    name = "model.layers.{}.mlp.up_proj.weight"
+    assert torch.allclose(merged[name.format(3)], (b[name.format(1)] + f[name.format(1)]) / 2)
+    assert merged.keys() == {
+        *b,
+        *(n.replace(f".{i}.", f".{i + 2}.") for n in f for i in (0, 1) if f"model.layers.{i}." in n),
+    }
+    made["modules"]["eyes"] = made["modules"].pop("vision_tower")
+    with pytest.raises(SurgeryError, match="text_decoder, eyes would be that one"):
+        merge_in_memory(made)
+
+
 def test_layers_counted_in_a_nested_config(tmp_path):
     folder = tiny_checkpoint(tmp_path / "a", layers=2)
     config = read_json(folder / "config.json")
