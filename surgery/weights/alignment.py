@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 from surgery import anatomy
 from surgery.checkpoint.companions import companion_folder
 from surgery.checkpoint.reader import Source, locate, read_json
-from surgery.checkpoint.token_alignment import Alignment, Donor, align
-from surgery.checkpoint.tokenizer_files import write_tokenizer
 from surgery.checkpoint.vocabulary import Vocabulary, difference
 from surgery.errors import SurgeryError
 from surgery.weights.recipe import ModelRef, Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from surgery.checkpoint.token_alignment import Alignment, Donor
 
 TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
 
@@ -48,6 +48,8 @@ class Aligned:
     @contextmanager
     def tokenizer_folder(self) -> Iterator[Path]:
         """Within: a temporary folder that holds the output's tokenizer."""
+        from surgery.checkpoint.tokenizer_files import write_tokenizer
+
         with tempfile.TemporaryDirectory() as folder:
             yield write_tokenizer(self.alignment, folder)
 
@@ -65,6 +67,8 @@ def align_sources(recipe: Recipe, refs: Sequence[ModelRef], sources: Sequence[So
 
     Raises `SurgeryError` when a model has no tokenizer or no embedding to align.
     """
+    from surgery.checkpoint.token_alignment import Donor, align  # brings numpy, which few plans need
+
     assert recipe.tokenizer is not None
     rule = recipe.tokenizer
     number = {ref.identity: i for i, ref in enumerate(refs)}
