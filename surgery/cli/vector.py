@@ -59,6 +59,9 @@ def extract(
     seed: Seed = None,
     only: Only = None,
     without: Without = None,
+    missing: Annotated[
+        Literal["error", "skip"], option("What to do with tensors that only one of the models has.")
+    ] = "error",
     threads: Threads = None,
     force: Force = False,
 ) -> None:
@@ -70,7 +73,13 @@ def extract(
     surgery vector extract tiny-base tiny-chain -o chain.safetensors --form topk --density 0.1
     surgery vector extract BASE TUNED -o mlp.safetensors --only mlp --form int8
     """
-    taken = _filtered(models.vector(tuned, base), only, without)
+    if missing == "skip":
+        from surgery.weights.vector import TaskVector
+
+        taken = TaskVector.between(models.model(base), models.model(tuned), missing=missing)
+    else:
+        taken = models.vector(tuned, base)
+    taken = _filtered(taken, only, without)
     given = {"density": density, "rank": rank, "energy": energy, "block": block, "dtype": dtype, "seed": seed}
     _save(taken, out, form, given, threads, force)
 

@@ -98,7 +98,7 @@ def apply(
     if transfer:
         _check_ancestry(expression, base, transfer == "anyway", warnings)
     else:
-        expression = expression.over(lambda leaf: getattr(leaf, "bound", lambda _: leaf)(base))
+        expression = expression.over(lambda leaf: leaf.bound(base, trusted=True))  # compared on the way
     restores = scale == 1 and not transfer
     infos = [_declared(info, expression, dtype, restores) for info in base.tensors.values()]
     reports: dict[str, TensorReport] = {}
@@ -161,7 +161,7 @@ class _Job:
         if self.expected is not None and seen.hexdigest() != self.expected:
             raise SurgeryError(
                 f"{self.base.path} is not the base of {self.expression}: tensor '{self.name}' has other numbers.",
-                hint="Name the vector's own base, or pass transfer=True (--transfer) if you mean this one.",
+                hint="Name the vector's own base; if you mean this one, allow it: --transfer, in Python transfer=True.",
             )
 
     def copy(self) -> TensorReport:
@@ -257,7 +257,7 @@ def _expected(expression: Expression, base: Source, transfer: bool) -> dict[str,
     if not anchors:
         raise SurgeryError(
             f"It is not known which base {expression} was taken from.",
-            hint="Pass transfer=True (--transfer) if you are sure that it fits this one.",
+            hint="If you are sure that it fits this one, allow it: --transfer, in Python transfer=True.",
         )
     inner = base.inner if isinstance(base, View) else base
     header = header_hash(inner)
@@ -266,7 +266,7 @@ def _expected(expression: Expression, base: Source, transfer: bool) -> dict[str,
         if anchor.header != header:
             raise SurgeryError(
                 f"{base.path} is not the base of {expression}: its tensors differ from those of {anchor.name}.",
-                hint="Name the vector's own base, or pass transfer=True (--transfer) if you mean this one.",
+                hint="Name the vector's own base; if you mean this one, allow it: --transfer, in Python transfer=True.",
             )
         if anchor.source is not None and Path(anchor.source.path) == Path(base.path) and anchor.known is None:
             continue
@@ -275,7 +275,7 @@ def _expected(expression: Expression, base: Source, transfer: bool) -> dict[str,
             if sum_ is not None and wanted.setdefault(name, sum_) != sum_:
                 raise SurgeryError(
                     f"{expression} mixes differences from different bases: see tensor '{name}'.",
-                    hint="Pass transfer=True (--transfer) if you mean it.",
+                    hint="If you mean it, allow it: --transfer, in Python transfer=True.",
                 )
     return wanted
 
@@ -294,7 +294,8 @@ def _check_ancestry(expression: Expression, base: Source, anyway: bool, warnings
                 f"cosine {found.median_cosine:.3f}, median distance {found.median_ratio:.2f} of the norm."
             )
             if not anyway:
-                raise SurgeryError(problem, hint='A vector means nothing there; transfer="anyway" adds it still.')
+                hint = "A vector means nothing there; --transfer-anyway adds it still, in Python transfer='anyway'."
+                raise SurgeryError(problem, hint=hint)
             warnings.append(problem)
 
 

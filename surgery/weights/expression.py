@@ -67,6 +67,10 @@ class Expression:
         """The same expression with `change` applied to its leaves."""
         return change(self)
 
+    def bound(self, base: Source, *, trusted: bool = False) -> Expression:
+        """The same with `base` at hand, where it is stored; `trusted`: somebody else compares its numbers."""
+        return self
+
     def key(self) -> Any:
         """What makes two expressions of one class equal."""
         return id(self)
@@ -220,7 +224,7 @@ def _check_same(first: Expression, other: Expression) -> None:
                 if a.differs(b):
                     raise SurgeryError(
                         f"{first} and {other} are differences from two different bases ({a.name} and {b.name}).",
-                        hint="If you mean it, add them as `a.unbound() + b.unbound()`.",
+                        hint="Take both from one base; if you mean it, in Python: a.unbound() + b.unbound().",
                     )
     elif first.shapes.keys() != other.shapes.keys():
         odd = sorted(first.shapes.keys() ^ other.shapes.keys())

@@ -160,7 +160,7 @@ class Lossless(Form):
         if dtype is None:
             raise SurgeryError(
                 f"Only a plain difference of two models is lossless, and this is {delta.expression}.",
-                hint="Save it in the form float32.",
+                hint="Save it in the form float32: --form float32, in Python form='float32'.",
             )
         counts: list[int] = []
         checksum = Checksum()
@@ -221,7 +221,7 @@ class Lossless(Form):
         if kept.base is None or kept.name not in kept.base.tensors:
             raise SurgeryError(
                 "A lossless vector keeps the tuned model's bits; to read it as numbers its base is needed.",
-                hint="Name it: TaskVector.load(path, base=BASE).",
+                hint="Name it: --base BASE, in Python TaskVector.load(path, base=BASE).",
             )
         base = flat(kept.base, kept.name, start, stop)
         tuned = self.restore(kept, start, stop, base)
@@ -240,7 +240,8 @@ def _pair(delta: Delta, start: int, stop: int, checksum: Checksum | None = None)
     """The bits of base and tuned model, both in the tuned type; `checksum` is fed with the base as it is stored."""
     (anchor,) = delta.expression.anchors()
     if anchor.source is None:
-        raise SurgeryError(f"{delta.expression} can't be written without its base at hand.", hint="Load it with base=.")
+        raise SurgeryError(f"{delta.expression} can't be written without its base at hand.",
+                           hint="Name it: --base BASE, in Python TaskVector.load(path, base=BASE).")  # fmt: skip
     base = flat(anchor.source, delta.name, start, stop)
     if checksum is not None:
         checksum.update(base)  # here, where the numbers are in the cache anyway

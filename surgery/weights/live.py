@@ -152,7 +152,7 @@ def _targets(expression: Expression, model: nn.Module) -> Iterator[tuple[str, Te
         if tensor.numel() and tensor.data_ptr() in owner:
             raise SurgeryError(
                 f"The model ties '{name}' to '{owner[tensor.data_ptr()]}', and the vector moves them apart.",
-                hint="Untie them first, or leave one out: vector.without('lm_head').",
+                hint="Untie them first, or leave one out: --without lm_head, in Python vector.without('lm_head').",
             )
         if tensor.numel():
             owner[tensor.data_ptr()] = name

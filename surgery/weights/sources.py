@@ -148,7 +148,7 @@ def check_pair(base: Source, tuned: Source, missing: str) -> None:
         where = base.path if odd[0] in base.tensors else tuned.path
         raise SurgeryError(
             f"{len(odd)} tensors are in only one of {base.path} and {tuned.path}; '{odd[0]}' is only in {where}.",
-            hint="Pass missing='skip' to leave them out.",
+            hint="To leave them out: --missing skip, in Python missing='skip'.",
         )
     common = [name for name in base.tensors if name in tuned.tensors]
     other = [n for n in common if base.tensors[n].shape != tuned.tensors[n].shape]

@@ -70,10 +70,14 @@ class TaskVector:
 
     @classmethod
     def load(cls, path: str | Path, base: Source | str | Path | None = None) -> TaskVector:
-        """A vector that was saved. The lossless form needs its `base` to be read as numbers (not to be applied)."""
+        """A vector that was saved. The lossless form needs its `base` to be read as numbers (not to be applied).
+
+        Raises `SurgeryError` when `base` is another one: by its tensors at once, by its numbers when they are read.
+        """
         from surgery.weights.vector_file import Stored, VectorFile
 
-        return cls(Stored(VectorFile(path), None if base is None else _open(base)))
+        stored = Stored(VectorFile(path))
+        return cls(stored if base is None else stored.bound(_open(base)))
 
     @classmethod
     def from_adapter(cls, base: Source | str | Path, adapter: str | Path) -> TaskVector:
@@ -233,7 +237,7 @@ class TaskVector:
     def bound(self, base: Source | str | Path) -> TaskVector:
         """The same vector with `base` at hand, for stored forms that need it."""
         source = _open(base)
-        return TaskVector(self.expression.over(lambda leaf: getattr(leaf, "bound", lambda _: leaf)(source)))
+        return TaskVector(self.expression.over(lambda leaf: leaf.bound(source)))
 
     # Putting it somewhere
 

@@ -20,9 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.anatomy import output_head
 from surgery.checkpoint import Checkpoint, CheckpointWriter, Source, TensorInfo, open_checkpoint, read_header
+from surgery.checkpoint.adapter import tied_pair
 from surgery.checkpoint.companions import companion_folder
 from surgery.checkpoint.header import ITEM_BYTES, torch_dtype
+from surgery.checkpoint.provenance import header_hash
 from surgery.checkpoint.reader import SINGLE
 from surgery.checkpoint.writer import check_target
 from surgery.errors import SurgeryError
@@ -30,7 +33,7 @@ from surgery.registry import nearest
 from surgery.weights.compressed import LowRankForm
 from surgery.weights.expression import Difference, Expression
 from surgery.weights.formats import FORMS, Delta, Form, Kept, Note
-from surgery.weights.sources import Anchor, config_digest, tokenizer_digest
+from surgery.weights.sources import Anchor, View, config_digest, tokenizer_digest
 from surgery.weights.streams import Workspace, in_parallel
 
 VERSION = 1
@@ -138,7 +141,7 @@ def _anchor(expression: Expression) -> Anchor | None:
                 raise SurgeryError(
                     f"{expression} mixes differences from two different bases: tensor '{name}' differs between "
                     f"{anchors[0].name} and {other.name}.",
-                    hint="If you mean it, add them as `a.unbound() + b.unbound()`.",
+                    hint="Take both from one base; if you mean it, in Python: a.unbound() + b.unbound().",
                 )
     return anchors[0] if anchors else None
 
@@ -192,7 +195,8 @@ class VectorFile:
         if self.metadata.get("kind") != "task vector":
             raise SurgeryError(
                 f"{self.path} is not a stored task vector.",
-                hint="Extract one with `surgery vector extract --base BASE --tuned TUNED -o OUT`.",
+                hint="Extract one: `surgery vector extract BASE TUNED -o FILE`, in Python "
+                "TaskVector.between(BASE, TUNED).save(FILE).",
             )
         try:
             version = json.loads(self.metadata["format_version"])
@@ -231,10 +235,16 @@ class VectorFile:
 
 @dataclass(frozen=True, eq=False)
 class Stored(Expression):
-    """A vector read from a file; `base` is needed by forms that keep the tuned model rather than the difference."""
+    """A vector read from a file; `base` is needed by forms that keep the tuned model rather than the difference.
+
+    Every tensor of the base is held against its checksum in the file when it is first used, unless it is `trusted`:
+    with other numbers the difference would be wrong, and nothing would show it.
+    """
 
     file: VectorFile
     base: Source | None = None
+    trusted: bool = False
+    _compared: set[str] = field(default_factory=set, repr=False)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:  # type: ignore[override]
@@ -245,6 +255,7 @@ class Stored(Expression):
         return Kept(name, file.shapes[name], file.notes[name], partial(file.part, name), self.base)
 
     def flat(self, name: str, start: int, stop: int) -> Tensor:
+        self._compare(name)
         numbers = self.file.form.decode(self.kept(name), start, stop)
         if not bool(torch.isfinite(numbers.sum())):
             self.refuse(name, numbers)
@@ -258,15 +269,44 @@ class Stored(Expression):
         return self.file.notes[name]["dtype"] if self.file.form.name == "lossless" else None
 
     def restored(self, name: str, start: int, stop: int, base: Tensor) -> Tensor:
+        self._compare(name)
         return self.file.form.restore(self.kept(name), start, stop, base)  # type: ignore[attr-defined]
 
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
         form = self.file.form
         return form.factors(self.kept(name)) if isinstance(form, LowRankForm) else None
 
-    def bound(self, base: Source) -> Stored:
-        """The same vector with its base at hand."""
+    def bound(self, base: Source, *, trusted: bool = False) -> Stored:
+        """The same vector with its base at hand. Raises `SurgeryError` when that has other tensors than its own."""
+        about = self.file.base
+        if trusted or about is None:
+            return Stored(self.file, base, trusted)
+        if about.get("header") != header_hash(getattr(base, "inner", base)):
+            for name, shape in self.shapes.items():
+                info = base.tensors.get(name)
+                if info is not None and info.shape != shape:
+                    raise self._foreign(base, f"tensor '{name}' is {list(info.shape)} there, {list(shape)} in it")
+            raise self._foreign(base, "names, shapes or types of its tensors differ from those of the vector's base")
+        pair, head = tied_pair(base), output_head(self.shapes)
+        if pair is not None and head is not None:  # the tuned model got a head of its own
+            base = View(base, {pair[1]}, {head: pair[0]})
         return Stored(self.file, base)
+
+    def _compare(self, name: str) -> None:
+        """Holds one tensor of the base against its checksum, once, if the form reads it."""
+        if self.base is None or self.trusted or name in self._compared or self.exact(name) is None:
+            return
+        known = self.file.checksums.get(name)
+        if known is not None and name in self.base.tensors and Anchor.of(self.base).checksum(name) != known:
+            raise self._foreign(self.base, f"tensor '{name}' has other numbers there")
+        self._compared.add(name)
+
+    def _foreign(self, base: Source, why: str) -> SurgeryError:
+        name = (self.file.base or {}).get("name")
+        return SurgeryError(
+            f"{base.path} is not the base of {self.file.path}, which was taken from {name}: {why}.",
+            hint="Name the base that the vector was extracted from.",
+        )
 
     def anchors(self) -> tuple[Anchor, ...]:
         about = self.file.base

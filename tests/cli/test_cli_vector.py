@@ -12,7 +12,7 @@ from surgery.cli import algebra, main
 from surgery.cli.vector import FORM_OPTIONS
 from surgery.errors import SurgeryError
 from tests.cli.refusal import refused
-from tests.helpers import load_state, same_bits, tiny_checkpoint, tiny_family
+from tests.helpers import load_state, same_bits, save_checkpoint, tiny_checkpoint, tiny_config, tiny_family
 
 
 @pytest.fixture
@@ -225,3 +225,24 @@ def test_demo_shows_everything_and_replaces_only_itself(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     assert "no earlier demo" in refused(["demo", "-o", tmp_path / "mine", "--force"], capsys)
     assert demo(out, n=2, force=True).out == out
+
+
+def test_the_next_step_is_told_in_the_words_of_the_command(family, tmp_path, capsys):
+    vector = str(tmp_path / "v.safetensors")
+    other = str(tiny_checkpoint(tmp_path / "other", seed=5, dtype="bfloat16"))
+    assert main(["vector", "extract", *family[:2], "-o", vector, "--quiet"]) == 0
+    assert main(["vector", "apply", vector, other, "-o", str(tmp_path / "out")]) == 2
+    assert "--transfer, in Python transfer=True" in capsys.readouterr().err
+    assert main(["vector", "combine", "2*v", f"v={vector}", "-o", str(tmp_path / "w.safetensors")]) == 2
+    assert "--base BASE" in capsys.readouterr().err
+
+
+def test_tensors_of_one_model_only_can_be_left_out(family, tmp_path, capsys):
+    state = load_state(family[1])
+    gone = sorted(state)[3]
+    lacking = str(save_checkpoint(tmp_path / "lacking", {n: t for n, t in state.items() if n != gone}, tiny_config()))
+    command = ["vector", "extract", family[0], lacking, "-o", str(tmp_path / "v.safetensors"), "--quiet"]
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert gone in told and "--missing skip" in told
+    assert main([*command, "--missing", "skip"]) == 0

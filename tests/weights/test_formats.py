@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from surgery.checkpoint import read_header
 from surgery.errors import SurgeryError
 from surgery.weights.formats import BLOCK
+from surgery.weights.sources import Anchor
 from surgery.weights.vector import TaskVector
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -87,6 +88,65 @@ def test_lossless_is_small_and_exact(tmp_path, big):
     TaskVector.load(tmp_path / "v.safetensors").apply(big[0], tmp_path / "out")
     out, tuned = load_state(tmp_path / "out"), load_state(big[1])
     assert all(out[n].view(-1).view(torch.int16).equal(tuned[n].view(-1).view(torch.int16)) for n in tuned)
+
+
+@pytest.mark.parametrize("use", ["read", "tensor", "norm", "again", "lora"])
+def test_a_lossless_vector_beside_a_wrong_base_gives_no_numbers(tmp_path, family, vector, use):
+    vector.save(tmp_path / "v.safetensors", "lossless")
+    state = load_state(family[0])
+    state[NAME][0, 0] += 1
+    wrong = save_checkpoint(tmp_path / "wrong", state, tiny_config())
+    loaded = TaskVector.load(tmp_path / "v.safetensors", base=wrong)  # the same names and shapes: not seen yet
+    other = next(name for name in loaded.names if name != NAME)
+    assert loaded.tensor(other).equal(vector.tensor(other))
+    uses = {
+        "read": lambda: loaded.read(NAME, 1, 2),
+        "tensor": lambda: loaded.tensor(NAME),
+        "norm": lambda: loaded.norm(),
+        "again": lambda: loaded.save(tmp_path / "again.safetensors", "lossless"),
+        "lora": lambda: (2 * loaded).export_lora(tmp_path / "lora", rank=2),
+    }
+    for _ in range(2):
+        with pytest.raises(SurgeryError, match=f"not the base.*'{NAME}' has other numbers") as told:
+            uses[use]()
+    assert "Name the base" in told.value.hint
+    loaded.bound(family[0]).norm()
+
+
+@pytest.mark.parametrize("form", ["lossless", "float32"])
+def test_a_base_of_other_tensors_is_refused_at_once(tmp_path, family, vector, form):
+    vector.save(tmp_path / "v.safetensors", form)
+    state = load_state(family[0])
+    cut = save_checkpoint(tmp_path / "cut", state | {NAME: state[NAME][:-1].clone()}, tiny_config())
+    with pytest.raises(SurgeryError, match=f"not the base.*'{NAME}' is"):
+        TaskVector.load(tmp_path / "v.safetensors", base=cut)
+    half = save_checkpoint(tmp_path / "half", {n: t.half() for n, t in state.items()}, tiny_config())
+    with pytest.raises(SurgeryError, match="not the base.*types"):
+        TaskVector.load(tmp_path / "v.safetensors").bound(half)
+
+
+def test_the_base_is_compared_once_and_by_apply_only_on_its_way(tmp_path, family, vector, monkeypatch):
+    vector.save(tmp_path / "v.safetensors", "lossless")
+    made = []
+    plain = Anchor.checksum
+    monkeypatch.setattr(Anchor, "checksum", lambda self, name: made.append(self.known is None) or plain(self, name))
+    loaded = TaskVector.load(tmp_path / "v.safetensors", base=family[0])
+    for _ in range(3):
+        loaded.read(NAME, 0, 1)
+    assert sum(made) == 1
+    TaskVector.load(tmp_path / "v.safetensors").apply(family[0], tmp_path / "out", scale=0.5)
+    assert sum(made) == 1
+
+
+def test_lossless_with_a_head_of_its_own_on_a_tied_base(tmp_path):
+    base = tiny_checkpoint(tmp_path / "base", tied=True)
+    state = load_state(base)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"] + 1
+    tuned = save_checkpoint(tmp_path / "tuned", state, tiny_config(tied=False))
+    vector = TaskVector.between(base, tuned)
+    vector.save(tmp_path / "v.safetensors", "lossless")
+    loaded = TaskVector.load(tmp_path / "v.safetensors", base=base)
+    assert loaded.tensor("lm_head.weight").equal(vector.tensor("lm_head.weight"))
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
