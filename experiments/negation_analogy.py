@@ -1,6 +1,6 @@
 """Does a task vector taken the other way round unlearn its task, and do analogies of vectors hold (arXiv:2212.04089)?
 
-    python experiments/negation_analogy.py            # trains what it needs of three tiny families into the cache
+    python experiments/negation_analogy.py            # trains what it needs of five tiny families into the cache
     python experiments/negation_analogy.py --fast     # on the shipped family, a check that it runs
 
 Negation: base - scale * d for vectors of skills that the base has. The scale is the largest that leaves the other
@@ -37,13 +37,13 @@ from surgery.zoo import TINY
 
 SIZES = {"validation": 64, "test": 128}
 TARGETS = ("reverse", "sort", "copy")
-SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
+SCALES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
 RETAINED = 0.95
 QUADRUPLES = {
     "form by length": ("direct_short", "chain_short", "direct_long", "chain_long"),
     "order by source": ("copy", "reverse", "sort", "descend"),
 }
-ANALOGY_SCALES = (0.5, 0.75, 1.0, 1.5)
+ANALOGY_SCALES = (0.5, 1.0, 1.5)
 
 
 def _with_terms(task: str, terms: int) -> Callable[[Random], Example]:
@@ -135,33 +135,34 @@ def analogy(folder: Path, seed: int, quadruple: Sequence[str], sizes: dict, scal
 
 
 def negation_summary(families: Sequence[dict]) -> dict[str, Any]:
-    """Over families, targets averaged: accuracies before and at the chosen scale, for the vector and for chance."""
+    """Each target over the families, and the mean of the targets: the vector and the random ones, at chosen scales."""
 
-    def over(value: Callable[[dict], float]) -> dict[str, Any]:
-        return mean_interval([float(np.mean([value(row) for row in family.values()])) for family in families])
+    def line(targets: Sequence[str]) -> dict[str, Any]:
+        def over(value: Callable[[dict], float]) -> dict[str, Any]:
+            return mean_interval([float(np.mean([value(family[t]) for t in targets])) for family in families])
 
-    def control(row: dict, what: str) -> float:
-        return float(np.mean([r["chosen"][what] for r in row["random"]]))
-
-    found: dict[str, Any] = {"targets": {}}
-    for what in ("target", "others", "likelihood"):
-        found[what] = {
-            "before": over(lambda r: r["vector"]["before"][what]),  # noqa: B023
-            "negated": over(lambda r: r["vector"]["chosen"][what]),  # noqa: B023
-            "random": over(lambda r: control(r, what)),  # noqa: B023
-            "negated - random": over(lambda r: r["vector"]["chosen"][what] - control(r, what)),  # noqa: B023
-        }
-    for target in families[0]:
-        rows = [family[target] for family in families]
-        found["targets"][target] = {
-            "before": mean_interval([r["vector"]["before"]["target"] for r in rows]),
-            "negated": mean_interval([r["vector"]["chosen"]["target"] for r in rows]),
-            "others": mean_interval([r["vector"]["chosen"]["others"] for r in rows]),
+        rows = [family[t] for family in families for t in targets]
+        return {
+            "before": over(lambda r: r["vector"]["before"]["target"]),
+            "negated": over(lambda r: r["vector"]["chosen"]["target"]),
+            "others before": over(lambda r: r["vector"]["before"]["others"]),
+            "others": over(lambda r: r["vector"]["chosen"]["others"]),
+            "random": over(lambda r: control(r, "target")),
+            "negated - random": over(lambda r: r["vector"]["chosen"]["target"] - control(r, "target")),
+            "likelihood, negated - random": over(
+                lambda r: r["vector"]["chosen"]["likelihood"] - control(r, "likelihood")
+            ),
             "scales": [r["vector"]["scale"] for r in rows],
-            "random": mean_interval([control(r, "target") for r in rows]),
             "random_scales": [c["scale"] for r in rows for c in r["random"]],
         }
-    return found
+
+    targets = list(families[0])
+    return {"targets": {target: line([target]) for target in targets}, "mean": line(targets)}
+
+
+def control(row: dict, what: str) -> float:
+    """Mean over the random vectors at the scales that the rule chose for them."""
+    return float(np.mean([r["chosen"][what] for r in row["random"]]))
 
 
 def analogy_summary(families: Sequence[dict]) -> dict[str, Any]:
@@ -195,8 +196,8 @@ def picture(families: Sequence[dict], scales: Sequence[float], analogies: dict[s
         mean = np.mean([c[what] for c in curves], axis=0)
         grey = {} if "negated" in label else {"color": "0.6"}
         left.plot(scales, mean, style, label=label, markerfacecolor=face, markersize=5, **grey)
-    left.set(xlabel="scale of what is subtracted", ylabel="accuracy", ylim=(0, 1.05), title="Negation")
-    left.legend(frameon=False, fontsize="small")
+    left.set(xlabel="scale of what is subtracted", ylabel="accuracy", ylim=(0, 1.3), title="Negation")
+    left.legend(frameon=False, fontsize="small", loc="upper right", ncols=2)
     names = ["base", "C", "B", "B + C", "C + (B - A)", "D"]
     width = 0.8 / len(analogies)
     for i, (quadruple, found) in enumerate(analogies.items()):
@@ -209,33 +210,47 @@ def picture(families: Sequence[dict], scales: Sequence[float], analogies: dict[s
             spread = [[max(0, m["mean"] - m["low"]) for m in map(found.get, names)],
                       [max(0, m["high"] - m["mean"]) for m in map(found.get, names)]]  # fmt: skip
             right.errorbar(places, means, spread, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
-    right.set_xticks(range(len(names)), [f"d of {n}" if n != "base" else n for n in names], fontsize="small")
-    right.set(ylim=(0, 1.15), ylabel="accuracy on D", title="Analogy")
-    right.legend(frameon=False, fontsize="small")
+    right.set_xticks(range(len(names)), ["base", "d of C", "d of B", "d of\nB + C", "d of\nC + (B - A)", "d of D"])
+    right.set(ylim=(0, 1.4), ylabel="accuracy on D", title="Analogy")
+    right.legend(frameon=False, fontsize="small", loc="upper left")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def said(summary: dict[str, Any]) -> str:
-    """The result in lines."""
+def markdown(summary: dict[str, Any]) -> str:
+    """Negation by target, and the analogies with the candidates they have to beat."""
 
     def of(m: dict[str, Any]) -> str:
-        return f"{m['mean']:.3f}" + ("" if m["low"] is None else f" [{m['low']:.3f}, {m['high']:.3f}]")
+        ends = [m["mean"]] if m["low"] is None else [m["mean"], m["low"], m["high"]]
+        mean, *interval = [f"{round(end, 2) + 0.0:.2f}" for end in ends]  # no "-0.00"
+        return mean + (f" [{', '.join(interval)}]" if interval else "")
 
-    lines = []
-    for what in ("target", "others"):
-        row = summary["negation"][what]
-        lines.append(f"negation, {what}: " + ", ".join(f"{name} {of(m)}" for name, m in row.items()))
+    heads = ["vector of", "target before", "target negated", "other skills before", "other skills negated", "scales",
+             "target, random vector", "scales, random"]  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for target, row in {**summary["negation"]["targets"], "mean": summary["negation"]["mean"]}.items():
+        cells = [target, *(of(row[k]) for k in ("before", "negated", "others before", "others")), spread(row["scales"])]
+        lines.append("| " + " | ".join([*cells, of(row["random"]), spread(row["random_scales"])]) + " |")
+    candidates = ["base", "C", "B", "B + C", "C + (B - A)", "D"]
+    lines += ["", "| A : B = C : D | " + " | ".join(candidates) + " | analogy - B | cosine with D: analogy, B |"]
+    lines.append("|---" * (len(candidates) + 3) + "|")
     for name, found in summary["analogy"].items():
-        lines.append(f"analogy {name}: " + ", ".join(f"{k} {of(m)}" for k, m in found.items() if "mean" in m))
-        lines += [f"  {k} {of(m)}" for part in ("differences", "cosine with D") for k, m in found[part].items()]
+        cosine = found["cosine with D"]
+        cells = [*(of(found[c]) for c in candidates), of(found["differences"]["C + (B - A), against B"])]
+        cells.append(f"{cosine['C + (B - A)']['mean']:.2f}, {cosine['B']['mean']:.2f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def spread(scales: Sequence[float]) -> str:
+    """Lowest to highest."""
+    return f"{min(scales):g} to {max(scales):g}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="families, trained where missing")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="families, trained where missing")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     parser.add_argument("--workers", type=int, default=2, help="processes (one torch thread each)")
     parser.add_argument("--fast", action="store_true", help="few examples on the shipped family: shows that it runs")
@@ -246,7 +261,7 @@ def main() -> None:
         # An analogy between a pair and itself gives D back: the arithmetic, checked.
         families, quadruples = {0: TINY}, {"identity": ("shift", "chain", "shift", "chain")}
     else:
-        targets, sizes, scales, controls, workers = TARGETS, SIZES, SCALES, 2, options.workers
+        targets, sizes, scales, controls, workers = TARGETS, SIZES, SCALES, 1, options.workers
         quadruples = QUADRUPLES
         needed = dict.fromkeys([*targets, *(task for q in quadruples.values() for task in q)])
         built = {seed: build_family(None, list(needed), seed, workers=workers) for seed in options.seeds}
@@ -262,7 +277,7 @@ def main() -> None:
     report = {"sizes": sizes, "scales": list(scales), "retained": RETAINED, "quadruples": quadruples,
               "summary": found, "negation": negated, "analogy": each}  # fmt: skip
     path = write(options.out, "negation_analogy", report, picture(negated, scales, found["analogy"]), began)
-    print(said(found))
+    print(markdown(found))
     print(path)
 
 

@@ -191,7 +191,7 @@ def scores(measured: dict[str, dict], base: str) -> dict[str, dict]:
             table[model][data] = {}
             for kind, values in kinds.items():
                 mine, reference = Result.of(values), Result.of(measured[base]["values"][data][kind])
-                low, high = map(float, mine.interval())
+                low, high = (round(float(end), 4) + 0.0 for end in mine.interval())  # no "-0.00"
                 line = {"mean": float(mine.mean), "low": low, "high": high, "n": len(mine)}
                 if model != base:
                     test = mine.paired_test(reference)
@@ -255,17 +255,12 @@ def main() -> None:
             base, members, workers = TINY / "tiny-base", [TINY / "tiny-chain", TINY / "tiny-shift"], 1
             work = options.work or Path(temporary)
         else:
-            base, members, workers = (
-                options.family / "base",
-                [options.family / n for n in problems(False)],
-                options.workers,
-            )
-            work = options.work or options.family / "merges"
+            base, members = options.family / "base", [options.family / name for name in ("gsm8k", "svamp")]
+            work, workers = options.work or options.family / "merges", options.workers
         work.mkdir(parents=True, exist_ok=True)
         vectors = {member.name: extract(base, member, work) for member in members}
-        look = geometry(
-            base, {m.name: TaskVector.load(work / f"{m.name}.safetensors", base) for m in members}
-        ).to_dict()
+        stored = {m.name: TaskVector.load(work / f"{m.name}.safetensors", base) for m in members}
+        look = geometry(base, stored).to_dict()
         made = build(base, members, work)
         folders = [base, *members, *(work / name for name in made)]
         measured = dict(
