@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.anatomy import kind_of
+from surgery.anatomy import input_embedding, kind_of, output_head
 from surgery.checkpoint import CheckpointWriter, Source, TensorInfo
-from surgery.checkpoint.adapter import AdaptedCheckpoint
+from surgery.checkpoint.adapter import AdaptedCheckpoint, tied_pair
 from surgery.checkpoint.header import dtype_code, torch_dtype
 from surgery.checkpoint.reader import SINGLE
 from surgery.errors import SurgeryError
@@ -124,18 +124,21 @@ def export_lora(
 
     `rank`: the same for all; `energy`: per matrix the smallest that keeps this share of its squared norm; `budget`:
     numbers in A and B of all matrices together, spent where they capture most. With none of them the vector must be
-    made of adapters, and is kept exactly. Norms and other one-dimensional weights go into `modules_to_save` when
-    `whole`; biases of linear layers, fused experts and whatever PEFT has no place for are reported as left out.
+    made of adapters, and is kept exactly. Norms and other one-dimensional weights, and an embedding to which the head
+    is tied (see `_tie`), go into `modules_to_save` when `whole`; biases of linear layers, fused experts and whatever
+    PEFT has no place for are reported as left out.
     Raises `SurgeryError` when nothing is left to write.
     """
     if sum(x is not None for x in (rank, energy, budget)) > 1:
         raise SurgeryError("Give one of rank, energy and budget.")
     base = _base(expression)
-    matrices = [n for n, s in expression.shapes.items() if is_matrix(s) and n.endswith(".weight")]
+    tie = _tie(expression, base)
+    shared = tie[:1] if tie else ()
+    matrices = [n for n, s in expression.shapes.items() if is_matrix(s) and n.endswith(".weight") and n not in shared]
     factors = _factors(expression, matrices, rank, energy, budget, seed, threads)
     factors = {name: factors[name] for name in matrices if name in factors and factors[name].norm > 0}
     others = [n for n in expression.shapes if n not in matrices]
-    saved = [n for n in others if whole and base is not None and _is_saved(n, expression.shapes)]
+    saved = [n for n in others if whole and base is not None and (n in shared or _is_saved(n, expression.shapes))]
     saved = [n for n in saved if _moves(expression, n)]
     left_out = [n for n in others if n not in saved and _moves(expression, n)]
     if not factors:
@@ -150,9 +153,11 @@ def export_lora(
         numel = math.prod(expression.shapes[name])
         stored = flat(base, name, 0, numel)
         tensors[PREFIX + name] = (stored.float() + expression.flat(name, 0, numel)).view(expression.shapes[name])
+    heads = tie[1:] if tie and tie[0] in saved else ()
+    tensors |= {PREFIX + head: tensors[PREFIX + shared[0]] for head in heads}  # PEFT looks for both
     tensors = {n: t.to(torch_dtype(code)).contiguous() for n, t in tensors.items()}
     ranks = {name: found.rank for name, found in factors.items()}
-    config = _config(ranks, saved, kind, base)
+    config = _config(ranks, [*saved, *heads], kind, base) | {"ensure_weight_tying": bool(heads)}
     infos = [TensorInfo(name, code, tuple(t.shape)) for name, t in tensors.items()]
     with CheckpointWriter(out, infos, shard_size=1 << 60, force=force) as writer:
         for name, tensor in tensors.items():
@@ -236,6 +241,19 @@ def _lora(name: str, found: Factors, conv1d: bool) -> dict[str, Tensor]:
     if conv1d and kind_of(name) != "head":
         left, right = right.T, left.T
     return {f"{PREFIX}{module}.lora_A.weight": right, f"{PREFIX}{module}.lora_B.weight": left}
+
+
+def _tie(expression: Expression, base: Source | None) -> tuple[str, str] | None:
+    """The names of embedding and head where one change is that of both: in a tie that the vector does not take apart.
+
+    PEFT (0.21) has no low-rank form for it: on the embedding alone it leaves the head as it was, and on both
+    (`ensure_weight_tying`) merging adds the change twice to the weight that they share. Where the base is not at hand
+    nothing is known of a tie, and one is supposed.
+    """
+    embedding = input_embedding(expression.shapes)
+    if embedding is None or output_head(expression.shapes) is not None:
+        return None
+    return (embedding, "") if base is None else tied_pair(base)
 
 
 def _config(ranks: dict[str, int], saved: list[str], kind: str, base: Source | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from surgery.checkpoint import open_checkpoint
 from surgery.errors import SurgeryError
 from surgery.weights import low_rank
 from surgery.weights.low_rank import decompose, truncate
@@ -201,6 +202,63 @@ def test_peft_loads_what_is_exported_and_merges_to_the_same(models, tmp_path):
 
 
 @pytest.mark.peers
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+def test_a_tied_model_stays_tied(tmp_path, recwarn):
+    """Switched on and merged, in PEFT and read back by us: the same embedding on both sides of the tie."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    base, (tuned,) = tiny_family(tmp_path, 1, tied=True, delta=0.05)
+    vector = TaskVector.between(base, tuned)
+    done = vector.export_lora(tmp_path / "lora", rank=3)
+    embedding = "model.embed_tokens.weight"
+    assert embedding in done.whole and embedding not in done.ranks and not done.left_out
+    back = open_checkpoint(f"{base}+{tmp_path / 'lora'}")
+    assert back.config["tie_word_embeddings"] and "lm_head.weight" not in back.tensors
+    torch.testing.assert_close(back.read(embedding), load_state(tuned)[embedding], rtol=0, atol=1e-6)
+    loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "lora")
+    tokens = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        on = loaded.eval()(tokens).logits
+        merged = loaded.merge_and_unload()
+        torch.testing.assert_close(merged(tokens).logits, on, rtol=1e-4, atol=1e-5)
+    state, before, low = merged.state_dict(), load_state(base), vector.low_rank(3)
+    for name in done.ranks:
+        torch.testing.assert_close(state[name], before[name] + low.tensor(name), rtol=0, atol=1e-5)
+    for name in (embedding, "lm_head.weight"):
+        torch.testing.assert_close(state[name], load_state(tuned)[embedding], rtol=0, atol=1e-6)
+    merged.save_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(tokens).logits, on)
+    assert not [w for w in recwarn if "tie" in str(w.message)]
+
+
+def test_the_embedding_of_a_tied_model_is_kept_whole_or_left_out(tmp_path):
+    base, (tuned,) = tiny_family(tmp_path, 1, tied=True, delta=0.05)
+    vector = TaskVector.between(base, tuned)
+    embedding = "model.embed_tokens.weight"
+    assert embedding in vector.export_lora(tmp_path / "a", rank=3, whole=False).left_out
+    vector.save(tmp_path / "v.safetensors")
+    stored = TaskVector.load(tmp_path / "v.safetensors")  # nobody knows whether its base ties
+    assert embedding in stored.export_lora(tmp_path / "b", rank=3).left_out
+    assert embedding in stored.bound(base).export_lora(tmp_path / "c", rank=3).whole
+    assert not vector.only("mlp").export_lora(tmp_path / "d", rank=3).whole
+
+
+def test_a_head_that_moves_apart_is_not_tied(tmp_path):
+    base = tiny_family(tmp_path, 0, tied=True)[0]
+    state = load_state(base)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"] + torch.randn(40, 16)
+    state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"] + torch.randn(40, 16)
+    tuned = save_checkpoint(tmp_path / "tuned", state, tiny_config())
+    vector = TaskVector.between(base, tuned)
+    vector.export_lora(tmp_path / "lora", rank=16)
+    back = TaskVector.from_adapter(base, tmp_path / "lora")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        torch.testing.assert_close(back.tensor(name), vector.tensor(name), rtol=0, atol=1e-5)
+
+
+@pytest.mark.peers
 def test_gpt2_with_its_matrices_the_other_way_round(tmp_path):
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -215,7 +273,8 @@ def test_gpt2_with_its_matrices_the_other_way_round(tmp_path):
     model.save_pretrained(tmp_path / "tuned")
     vector = TaskVector.between(tmp_path / "base", tmp_path / "tuned")
     done = vector.export_lora(tmp_path / "lora", rank=5)
-    assert all(".bias" in n for n in done.left_out)
+    assert all(".bias" in n for n in done.left_out) and "transformer.wte.weight" in done.whole
+    assert "lm_head.weight" not in TaskVector.from_adapter(tmp_path / "base", tmp_path / "lora")
     loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "lora")
     merged = loaded.merge_and_unload().state_dict()
     low, before = vector.low_rank(5), load_state(tmp_path / "base")
@@ -223,6 +282,8 @@ def test_gpt2_with_its_matrices_the_other_way_round(tmp_path):
     for name in done.ranks:
         found = merged[prefix + name]
         torch.testing.assert_close(found, before[name] + low.tensor(name), rtol=0, atol=1e-5)
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        torch.testing.assert_close(merged[name], load_state(tmp_path / "tuned")["transformer.wte.weight"])
 
 
 @pytest.fixture(scope="module")
