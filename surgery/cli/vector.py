@@ -115,10 +115,10 @@ def apply(
     transferred: Any = "anyway" if anyway else transfer
     own = vector_base or (None if models.is_vector(vector) else base)
     taken = _filtered(_own(vector, own, bool(transferred)), only, without)
-    with frame.progress("Applying"):
+    with frame.progress("Applying") as advance:
         done = taken.apply(
             models.model(base), out, scale=scale, dtype=dtype, transfer=transferred, rounding=rounding, seed=seed,
-            shard_size=shard_size, force=force, **frame.threads(threads),
+            shard_size=shard_size, force=force, progress=advance, **frame.threads(threads),
         )  # fmt: skip
     actions = [report.action for report in done.tensors.values()]
     counts = {action: actions.count(action) for action in dict.fromkeys(actions)}
@@ -208,9 +208,12 @@ def export_lora(
     surgery vector export-lora TUNED BASE -o lora --energy 0.9
     """
     taken = models.vector(vector, base)
-    with frame.progress("Decomposing"):
+    with frame.progress("Decomposing") as advance:
         done = taken.export_lora(out, rank=rank, energy=energy, budget=budget, dtype=dtype, whole=whole, seed=seed,
-                                 force=force, **frame.threads(threads))  # fmt: skip
+                                 force=force, progress=advance, **frame.threads(threads))  # fmt: skip
+    if matrices := [name for name in done.whole if "norm" not in name]:
+        frame.notes([f"{', '.join(matrices)} is tied to the head, which PEFT has no low-rank form for: it is kept "
+                     "whole (--no-whole leaves it out)."])  # fmt: skip
     if done.left_out:
         frame.notes([f"{frame.count(len(done.left_out), 'tensor')} changed but have no place in a LoRA, and are left "
                      f"out: {', '.join(done.left_out[:6])}"])  # fmt: skip
@@ -272,8 +275,8 @@ def _save(vector: TaskVector, out: Path, form: str, given: dict[str, Any], threa
         if word not in FORM_OPTIONS[form]:
             fits = [name for name, words in FORM_OPTIONS.items() if word in words]
             raise SurgeryError(f"--{word} means nothing for the form {form}.", hint=f"It goes with {', '.join(fits)}.")
-    with frame.progress("Writing"):
-        saved = vector.save(out, form, force=force, **frame.threads(threads), **options)
+    with frame.progress("Writing") as advance:
+        saved = vector.save(out, form, force=force, progress=advance, **frame.threads(threads), **options)
     value: dict[str, Any] = {
         "out": str(saved.path), "form": saved.form, "definition": str(vector), "tensors": len(vector),
         "numbers": saved.numbers, "bytes": saved.nbytes, "seconds": round(saved.seconds, 3),

@@ -26,6 +26,7 @@ from surgery.checkpoint.reader import SINGLE
 from surgery.errors import SurgeryError
 from surgery.weights.expression import Difference, Expression, Shapes
 from surgery.weights.low_rank import Factors, factorise, is_matrix, product
+from surgery.weights.progress import Progress, Tally
 from surgery.weights.sources import Anchor, View, flat, same_heads
 from surgery.weights.streams import Workspace, in_parallel
 
@@ -119,6 +120,7 @@ def export_lora(
     seed: int = 0,
     threads: int = 2,
     force: bool = False,
+    progress: Progress | None = None,
 ) -> ExportedLora:
     """Writes a PEFT LoRA folder whose merge gives base + U S V^T.
 
@@ -127,7 +129,7 @@ def export_lora(
     made of adapters, and is kept exactly. Norms and other one-dimensional weights, and an embedding to which the head
     is tied (see `_tie`), go into `modules_to_save` when `whole`; biases of linear layers, fused experts and whatever
     PEFT has no place for are reported as left out.
-    Raises `SurgeryError` when nothing is left to write.
+    Raises `SurgeryError` when nothing is left to write. `progress` counts four bytes for a number of a matrix.
     """
     if sum(x is not None for x in (rank, energy, budget)) > 1:
         raise SurgeryError("Give one of rank, energy and budget.")
@@ -135,7 +137,7 @@ def export_lora(
     tie = _tie(expression, base)
     shared = tie[:1] if tie else ()
     matrices = [n for n, s in expression.shapes.items() if is_matrix(s) and n.endswith(".weight") and n not in shared]
-    factors = _factors(expression, matrices, rank, energy, budget, seed, threads)
+    factors = _factors(expression, matrices, rank, energy, budget, seed, threads, progress)
     factors = {name: factors[name] for name in matrices if name in factors and factors[name].norm > 0}
     others = [n for n in expression.shapes if n not in matrices]
     saved = [n for n in others if whole and base is not None and (n in shared or _is_saved(n, expression.shapes))]
@@ -193,6 +195,7 @@ def _factors(
     budget: int | None,
     seed: int,
     threads: int,
+    progress: Progress | None,
 ) -> dict[str, Factors]:
     """The truncated SVD of every matrix; those that do not move come with norm 0."""
     limit = rank
@@ -202,6 +205,7 @@ def _factors(
             raise SurgeryError(f"A budget of {budget:,} numbers is not enough for one matrix of rank 1.")
         limit = max(4, 2 * budget // max(1, per_rank))
     found: dict[str, Factors] = {}
+    tally = Tally(progress, 4 * sum(math.prod(expression.shapes[n]) for n in names))
 
     def work(name: str, _: Workspace) -> None:
         if limit is None and energy is None and expression.factors(name) is None:
@@ -209,6 +213,7 @@ def _factors(
                 f"'{name}' of {expression} is not known to be of low rank.", hint="Give a rank, an energy or a budget."
             )
         found[name] = factorise(expression, name, rank=limit, energy=energy, seed=seed)
+        tally.add(name, 4 * math.prod(expression.shapes[name]))
 
     in_parallel(names, work, threads=threads)
     found = {name: found[name] for name in names}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from surgery.checkpoint.header import TensorInfo, torch_dtype
 from surgery.checkpoint.reader import Source
 from surgery.weights.findings import Finding, Level, listed
+from surgery.weights.progress import Progress, Tally
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,11 +115,15 @@ class Ancestry:
         return asdict(self) | {"ratio": {n: r if math.isfinite(r) else None for n, r in self.ratio.items()}}
 
 
-def ancestry(base: Source, tuned: Source, *, sample: int | None = None, threads: int = 2) -> Ancestry:
+def ancestry(base: Source, tuned: Source, *, sample: int | None = None, threads: int = 2,
+             progress: Progress | None = None) -> Ancestry:  # fmt: skip
     """Whether `tuned` stems from `base`: per-tensor ||F-B||/||B|| and cos(F, B), and NaN or Inf in either.
 
-    Streams both once in float32 with float64 sums; with `sample`, about that many numbers per tensor.
+    Streams both once in float32 with float64 sums; with `sample`, about that many numbers per tensor. `progress`
+    counts the bytes of `tuned`.
     """
+    names = comparable(base, tuned)
+    tally = Tally(progress, sum(tuned.tensors[n].nbytes for n in names))
 
     def measure(name: str) -> tuple[float, float, int]:
         bb = ff = bf = dd = 0.0
@@ -134,9 +139,9 @@ def ancestry(base: Source, tuned: Source, *, sample: int | None = None, threads:
             bb, ff, bf, dd = bb + sums[0], ff + sums[1], bf + sums[2], dd + sums[3]
         ratio = math.sqrt(dd / bb) if bb else (math.inf if dd else 0.0)
         cosine = bf / math.sqrt(bb * ff) if bb and ff else float(bb == ff)
+        tally.add(name, tuned.tensors[name].nbytes)
         return ratio, cosine, bad
 
-    names = comparable(base, tuned)
     found = _each_tensor(names, measure, threads)
     matrices = [n for n in names if len(base.tensors[n].shape) > 1] or names
     ratio, cosine = ({n: found[n][i] for n in names} for i in (0, 1))

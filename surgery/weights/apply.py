@@ -22,6 +22,7 @@ from surgery.checkpoint.writer import check_target
 from surgery.errors import SurgeryError
 from surgery.weights.ancestry import MAX_RATIO, MIN_COSINE, ancestry
 from surgery.weights.expression import Expression
+from surgery.weights.progress import Progress, Tally
 from surgery.weights.rounding import round_to
 from surgery.weights.sources import View, flat, label, ranges, row_blocks
 from surgery.weights.sparsify import derive_key
@@ -74,6 +75,7 @@ def apply(
     threads: int = 2,
     shard_size: int | str = "5GB",
     force: bool = False,
+    progress: Progress | None = None,
 ) -> Applied:
     """Writes `base + scale * expression` into the folder `out`, loadable like `base`.
 
@@ -82,6 +84,7 @@ def apply(
     `rounding="stochastic"` is unbiased, from `seed`. The base must be the vector's, by checksum of every touched
     tensor; `transfer=True` allows another one of the same shapes and, as far as it can be told, the same ancestry
     ("anyway": without that). Raises `SurgeryError` where one of these does not hold, and when `out` exists.
+    `progress` counts the bytes that are written.
     """
     began = time.perf_counter()
     out = Path(out).expanduser()
@@ -102,6 +105,7 @@ def apply(
     restores = scale == 1 and not transfer
     infos = [_declared(info, expression, dtype, restores) for info in base.tensors.values()]
     reports: dict[str, TensorReport] = {}
+    tally = Tally(progress, sum(info.nbytes for info in infos))
     with CheckpointWriter(out, infos, shard_size=shard_size, force=force) as writer:
 
         def work(name: str, _: Workspace) -> None:
@@ -112,6 +116,7 @@ def apply(
                 reports[name] = job.restore()
             else:
                 reports[name] = job.change(scale, rounding, derive_key(seed, "rounding", name))
+            tally.add(name, writer.tensors[name].nbytes)
 
         in_parallel(sorted(base.tensors, key=lambda n: -base.tensors[n].numel), work, threads=threads)
         reports = {name: reports[name] for name in base.tensors}

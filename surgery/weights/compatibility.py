@@ -18,22 +18,36 @@ from surgery.checkpoint.header import TensorInfo
 from surgery.checkpoint.reader import Source
 from surgery.checkpoint.vocabulary import Vocabulary, difference
 from surgery.errors import SurgeryError
-from surgery.weights.ancestry import ancestry, blocks
+from surgery.weights.ancestry import ancestry, blocks, comparable
 from surgery.weights.findings import CompatibilityReport, Finding, Level, listed
+from surgery.weights.progress import Progress
 
 __all__ = ["CompatibilityReport", "Finding", "check", "compare"]
 
 
 def check(
-    base: Source, others: Sequence[Source], *, data: bool = True, sample: int | None = None, threads: int = 2
+    base: Source,
+    others: Sequence[Source],
+    *,
+    data: bool = True,
+    sample: int | None = None,
+    threads: int = 2,
+    progress: Progress | None = None,
 ) -> CompatibilityReport:
     """Everything that can be said before `others`, fine-tunings of `base`, are merged.
 
     `data=False` looks at headers and configs only. `sample` bounds the numbers read per tensor (None: all of them).
+    `progress` counts the bytes of all `others`.
     """
     report = CompatibilityReport(compare(base, others))
-    for other in others if data else ():
-        related = ancestry(base, other, sample=sample, threads=threads)
+    sizes = [sum(other.tensors[n].nbytes for n in comparable(base, other)) for other in others]
+    for i, other in enumerate(others if data else ()):
+
+        def advance(name: str, done: int, _: int, before: int = sum(sizes[:i])) -> None:
+            if progress is not None:
+                progress(name, before + done, sum(sizes))
+
+        related = ancestry(base, other, sample=sample, threads=threads, progress=advance)
         report.findings += related.findings()
         report.measures[_label(other, others)] = related.to_dict()
     return report

@@ -33,6 +33,7 @@ from surgery.registry import nearest
 from surgery.weights.compressed import LowRankForm
 from surgery.weights.expression import Difference, Expression
 from surgery.weights.formats import FORMS, Delta, Form, Kept, Note
+from surgery.weights.progress import Progress, Tally
 from surgery.weights.sources import Anchor, View, config_digest, tokenizer_digest
 from surgery.weights.streams import Workspace, in_parallel
 
@@ -65,12 +66,14 @@ def save(
     threads: int = 2,
     shard_size: int | str = "5GB",
     force: bool = False,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Saved:
     """Writes a vector in two streamed passes: one for sizes and checksums, one for the numbers.
 
-    `out` ending in `.safetensors` becomes one file, anything else a folder. `options` are those of the form. Raises
-    `SurgeryError` when `out` exists, a number is not finite, or the form can't keep this vector.
+    `out` ending in `.safetensors` becomes one file, anything else a folder. `options` are those of the form;
+    `progress` counts two bytes for a number in each pass. Raises `SurgeryError` when `out` exists, a number is not
+    finite, or the form can't keep this vector.
     """
     began = time.perf_counter()
     kind = FORMS.lookup(form)
@@ -83,6 +86,8 @@ def save(
     anchor = _anchor(expression)
     notes: dict[str, Note] = {}
     sums: dict[str, str] = {}
+    sizes = {name: Delta(expression, name, shape).numel for name, shape in expression.shapes.items()}
+    tally = Tally(progress, 4 * sum(sizes.values()))
 
     def measure(name: str, _: Workspace) -> None:
         delta = Delta(expression, name, expression.shapes[name])
@@ -92,9 +97,10 @@ def save(
             found = anchor.checksum(name)
         if found is not None:
             sums[name] = found
+        tally.add(name, 2 * sizes[name])
 
-    names = list(expression.shapes)
-    largest_first = sorted(names, key=lambda n: -Delta(expression, n, expression.shapes[n]).numel)
+    names = list(sizes)
+    largest_first = sorted(names, key=lambda n: -sizes[n])
     in_parallel(largest_first, measure, threads=threads)
     notes = {name: notes[name] for name in names}  # in the order of the tensors, not of the threads
     infos = [
@@ -118,13 +124,13 @@ def save(
             for part, row, rows in chosen.encode(delta, notes[name]):
                 if rows.numel():
                     writer.write(_part_name(name, part), rows, row)
+            tally.add(name, 2 * sizes[name])
 
         in_parallel(largest_first, encode, threads=threads)
     if single:
         os.replace(folder / SINGLE, out)
         folder.rmdir()
-    numbers = sum(Delta(expression, n, s).numel for n, s in expression.shapes.items())
-    return Saved(out, form, writer.nbytes, numbers, time.perf_counter() - began, notes)
+    return Saved(out, form, writer.nbytes, sum(sizes.values()), time.perf_counter() - began, notes)
 
 
 def _part_name(name: str, part: str) -> str:
