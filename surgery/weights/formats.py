@@ -36,6 +36,8 @@ from surgery.weights.sources import flat, ranges, row_blocks
 FORMS: Registry[type[Form]] = Registry("storage form")
 BLOCK = 1 << 16
 """Numbers between two entries of a table of contents, so that any range can be read without what stands before it."""
+PIECE = 1 << 19
+"""Numbers that the lossless form compares at once: half of it took 10 % longer, twice and a quarter of it too."""
 
 Note = dict[str, Any]
 """What a form has to remember of one tensor: JSON, except keys with an underscore, which live only while writing."""
@@ -164,7 +166,7 @@ class Lossless(Form):
             )
         counts: list[int] = []
         checksum = Checksum()
-        for start, stop in ranges(delta.numel):
+        for start, stop in ranges(delta.numel, PIECE):
             base, tuned = _pair(delta, start, stop, checksum)
             changed = base != tuned
             counts += [int(np.count_nonzero(changed[a:b])) for a, b in ranges(stop - start, BLOCK)]
@@ -186,7 +188,7 @@ class Lossless(Form):
         if "starts" in parts:
             yield "starts", 0, torch.from_numpy(note["_starts"])
         position = 0
-        for start, stop in ranges(delta.numel) if parts else ():
+        for start, stop in ranges(delta.numel, PIECE) if parts else ():
             base, tuned = _pair(delta, start, stop)
             if "whole" in parts:
                 values, row = tuned, start
@@ -206,14 +208,14 @@ class Lossless(Form):
         parts = self.layout(kept.shape, kept.note)
         if "whole" in parts:
             return kept.part("whole", start, stop)
-        restored = base.to(dtype, copy=True)
+        bits = _bits(base.to(dtype)).copy()  # numpy's: its memory is used again, torch's comes fresh from the system
         if parts:
             positions, first = set_bits(kept, start, stop)
             values = kept.part("values", first, first + len(positions))
             if len(values) != len(positions):
                 raise kept.damaged("has fewer values than its mask says")
-            _bits(restored)[positions] = _bits(values)
-        return restored
+            bits[positions] = _bits(values)
+        return torch.from_numpy(bits).view(dtype)
 
     def decode(self, kept: Kept, start: int, stop: int) -> Tensor:
         if kept.note["changed"] == 0:
