@@ -130,8 +130,8 @@ def run(command: list[str], out: Path) -> dict[str, float]:
     """Seconds and peak anonymous MB of one command; its output folder is removed afterwards."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     began = time.perf_counter()
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=said, stderr=log, env=environment)
         peak = 0
         while process.poll() is None:
             try:
@@ -141,15 +141,16 @@ def run(command: list[str], out: Path) -> dict[str, float]:
                 pass
             time.sleep(0.01)
         seconds = time.perf_counter() - began
+        said.seek(0)
         log.seek(0)
-        text = log.read().decode(errors="replace")
+        text, errors = said.read().decode(errors="replace"), log.read().decode(errors="replace")
     if process.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{text[-3000:]}")
+        sys.exit(f"{' '.join(command)} failed:\n{text[-1000:]}{errors[-3000:]}")
     shutil.rmtree(out)
     found = {"seconds": seconds, "anonymous_mb": peak / 1024}
-    last = text.strip().splitlines()[-1] if text.strip() else ""
-    if last.startswith("{"):
-        found |= {k: v for k, v in json.loads(last).items() if k in ("import", "work")}
+    if text.lstrip().startswith("{"):  # both we and the floor say how long the work itself took
+        report = json.loads(text)
+        found["work"] = report["work"] if "work" in report else report["seconds"]
     return found
 
 
@@ -180,19 +181,9 @@ def main() -> None:
             (folder / "recipe.yaml").write_text(recipe(method, folder))
             models = [str(folder / m) for m in (["base", "ft0"] if method == "slerp" else ["ft0", "ft1"])]
             yaml_and_out = [str(folder / "recipe.yaml"), str(out)]
-            threads = ["--threads", str(args.threads)]
+            ours = [str(Path(sys.executable).parent / "surgery"), "merge", yaml_and_out[0], "-o", str(out), "--json"]
             commands = {
-                "ours": [
-                    sys.executable,
-                    "-m",
-                    "surgery.cli",
-                    "merge",
-                    yaml_and_out[0],
-                    "-o",
-                    str(out),
-                    "--json",
-                    *threads,
-                ],
+                "ours": [*ours, "--threads", str(args.threads)],
                 "floor": [sys.executable, str(folder / "floor.py"), *models, str(out)],
                 "mergekit": [str(mergekit), "--no-copy-tokenizer", "--quiet", *yaml_and_out],
             }

@@ -16,8 +16,27 @@ Exit codes: 0 done, 1 a check failed or something went wrong while running, 2 wr
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
+
+
+def run() -> NoReturn:
+    """The console script: `main` in a process of its own, which is over when the work is.
+
+    Two habits of Python would cost half a second a command: collecting garbage over and over while torch is imported
+    (0.1 s), and taking torch apart module by module at the end (0.35 s).
+    """
+    gc.set_threshold(100_000, 50, 50)
+    code = main()
+    for stream in (sys.stdout, sys.stderr):
+        if not stream.closed:
+            with contextlib.suppress(OSError):  # a reader that has gone
+                stream.flush()
+    os._exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
