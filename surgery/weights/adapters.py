@@ -155,11 +155,12 @@ def export_lora(
         numel = math.prod(expression.shapes[name])
         stored = flat(base, name, 0, numel)
         tensors[PREFIX + name] = (stored.float() + expression.flat(name, 0, numel)).view(expression.shapes[name])
-    heads = tie[1:] if tie and tie[0] in saved else ()
-    tensors |= {PREFIX + head: tensors[PREFIX + shared[0]] for head in heads}  # PEFT looks for both
+    head = tie[1] if tie and tie[0] in saved else None
+    if tie and head:
+        tensors[PREFIX + head] = tensors[PREFIX + tie[0]]  # PEFT looks for both
     tensors = {n: t.to(torch_dtype(code)).contiguous() for n, t in tensors.items()}
     ranks = {name: found.rank for name, found in factors.items()}
-    config = _config(ranks, [*saved, *heads], kind, base) | {"ensure_weight_tying": bool(heads)}
+    config = _config(ranks, [*saved, head] if head else saved, kind, base) | {"ensure_weight_tying": bool(head)}
     infos = [TensorInfo(name, code, tuple(t.shape)) for name, t in tensors.items()]
     with CheckpointWriter(out, infos, shard_size=1 << 60, force=force) as writer:
         for name, tensor in tensors.items():

@@ -37,7 +37,7 @@ FORMS: Registry[type[Form]] = Registry("storage form")
 BLOCK = 1 << 16
 """Numbers between two entries of a table of contents, so that any range can be read without what stands before it."""
 PIECE = 1 << 19
-"""Numbers that the lossless form compares at once: half of it took 10 % longer, twice and a quarter of it too."""
+"""Numbers that the lossless form compares at once: half and twice as many took a tenth longer."""
 
 Note = dict[str, Any]
 """What a form has to remember of one tensor: JSON, except keys with an underscore, which live only while writing."""
