@@ -1,6 +1,6 @@
 """Does a task vector taken the other way round unlearn its task, and do analogies of vectors hold (arXiv:2212.04089)?
 
-    python experiments/negation_analogy.py            # trains what it needs of five tiny families into the cache
+    python experiments/negation_analogy.py            # trains what it needs of three tiny families into the cache
     python experiments/negation_analogy.py --fast     # on the shipped family, a check that it runs
 
 Negation: base - scale * d for vectors of skills that the base has. The scale is the largest that leaves the other
@@ -250,7 +250,7 @@ def spread(scales: Sequence[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="families, trained where missing")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="families, trained where missing")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     parser.add_argument("--workers", type=int, default=2, help="processes (one torch thread each)")
     parser.add_argument("--fast", action="store_true", help="few examples on the shipped family: shows that it runs")
