@@ -93,8 +93,10 @@ def check(
     from surgery.weights.compatibility import check as examine
 
     opened = [open_checkpoint(models.model(spec)) for spec in (base, *tuned)]
-    with frame.progress("Checking"):
-        report = examine(opened[0], opened[1:], data=not fast, sample=sample, **frame.threads(threads))
+    with frame.progress("Checking") as advance:
+        report = examine(
+            opened[0], opened[1:], data=not fast, sample=sample, progress=advance, **frame.threads(threads)
+        )
     frame.result(report.to_dict(), *([] if frame.STATE.json or frame.STATE.quiet else [report.table()]))
     return report.exit_code
 

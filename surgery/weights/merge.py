@@ -13,7 +13,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,12 +32,11 @@ from surgery.errors import SurgeryError
 from surgery.weights.engine import Engine
 from surgery.weights.kinship import strangers
 from surgery.weights.plan import Job, Plan, check_output, plan
+from surgery.weights.progress import Progress
 from surgery.weights.recipe import Recipe, load_recipes, recipe_from_source
 from surgery.weights.streams import one_torch_thread
 
 Rounding = Literal["nearest", "stochastic"]
-Progress = Callable[[str, int, int], None]
-"""Called with (tensor just finished, bytes done, bytes in all); from any thread, one call at a time."""
 
 
 @dataclass
