@@ -16,7 +16,7 @@ from surgery.weights.methods import geometric
 from surgery.weights.methods.registry import per_input
 from surgery.weights.streams import Streams
 
-BLOCK = 1 << 15
+BLOCK = 1 << 17
 """Products are summed in float32 over this many numbers at most, and in float64 from there on."""
 
 

@@ -30,7 +30,7 @@ STREAMED = frozenset({
     "model_stock",
 })  # fmt: skip
 """Methods that work chunk by chunk with their usual parameters (a test holds this against the methods)."""
-CHUNK = 1 << 18
+CHUNK = 1 << 19
 """As in `streams`, which needs torch."""
 SHOWN = 12
 """How many tensor names a message lists before it says how many more there are."""

@@ -248,7 +248,7 @@ def random_bits(n: int, key: int, offset: int = 0, width: Literal[16, 32] = 16) 
 
 
 _GAMMA = 0x9E3779B97F4A7C15
-_STEPS = np.arange(1, (1 << 14) + 1, dtype=np.uint64) * np.uint64(_GAMMA)
+_STEPS = np.arange(1, (1 << 15) + 1, dtype=np.uint64) * np.uint64(_GAMMA)
 _MIX = ((30, np.uint64(0xBF58476D1CE4E5B9)), (27, np.uint64(0x94D049BB133111EB)))
 
 
