@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Literal
 
+from surgery.checkpoint.reader import hub_answers
 from surgery.errors import SurgeryError
 from surgery.registry import nearest
 
@@ -182,7 +183,7 @@ def _from_hub(name: str, packaged: _Packaged, dtype: str, folder: Path) -> None:
     try:
         # Without a connection, the hub's own cache may have it.
         files = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
-        source = snapshot_download(packaged.hub, allow_patterns=files, local_files_only=not _hub_answers())
+        source = snapshot_download(packaged.hub, allow_patterns=files, local_files_only=not hub_answers())
     except (OSError, ValueError) as error:
         raise SurgeryError(
             f"'{name}' is not installed, and {packaged.hub} is not reachable.",
@@ -190,24 +191,6 @@ def _from_hub(name: str, packaged: _Packaged, dtype: str, folder: Path) -> None:
         ) from error
     model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
     _write(model, AutoTokenizer.from_pretrained(source), folder)
-
-
-def _hub_answers() -> bool:
-    """Whether a connection to the hub can be made: asked once, where the hub's client would retry for a minute."""
-    import socket
-    from urllib.parse import urlsplit
-    from urllib.request import getproxies
-
-    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
-
-    if HF_HUB_OFFLINE or getproxies().get("https"):
-        return not HF_HUB_OFFLINE
-    address = urlsplit(ENDPOINT)
-    try:
-        socket.create_connection((address.hostname or "", address.port or 443), timeout=5).close()
-    except OSError:
-        return False
-    return True
 
 
 def _write(model, tokenizer, folder: Path) -> None:

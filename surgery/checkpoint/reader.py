@@ -149,7 +149,8 @@ def locate(spec: str | Path, *, revision: str | None = None) -> Path:
 
     try:
         patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "LICENSE*"]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        offline = not hub_answers()
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline))
     except Exception as error:  # the hub client raises a dozen kinds, all of them meaning: not here
         raise SurgeryError(
             f"There is no folder '{spec}', and it can't be had from the hub ({type(error).__name__}).",
@@ -164,6 +165,24 @@ def _existing(spec: str | Path) -> Path | None:
         return path if path.exists() else None
     except (OSError, RuntimeError, ValueError):
         return None
+
+
+def hub_answers() -> bool:
+    """Whether a connection to the hub can be made: asked once, where the hub's client would retry for a minute."""
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE or getproxies().get("https"):
+        return not HF_HUB_OFFLINE
+    address = urlsplit(ENDPOINT)
+    try:
+        socket.create_connection((address.hostname or "", address.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def read_json(path: Path) -> dict[str, Any]:
