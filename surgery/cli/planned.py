@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def show(recipes: list[Recipe], out: Path | None, threads: int, force: bool, allow_pickle: bool) -> None:
+    """Prints what each stage would read, write and leave out; a stage that needs another's output is only named."""
     from surgery.weights.plan import plan
 
     shown: list[dict[str, Any]] = []

@@ -142,6 +142,7 @@ def truncate(left: Tensor, right: Tensor, *, rank: int | None = None, energy: fl
 
 
 def is_matrix(shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of `shape` can be written as a product of two thinner ones."""
     return len(shape) == 2 and min(shape) > 1
 
 

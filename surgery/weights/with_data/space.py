@@ -46,6 +46,7 @@ def _steps(place: str) -> list[str | int]:
 
 
 def value_at(recipe: Recipe, place: str) -> Any:
+    """What stands at a dotted place of a recipe, e.g. "models[0].parameters.weight"."""
     node: Any = recipe
     for step in _steps(place):
         node = node[step]
@@ -94,6 +95,7 @@ def inside(value: Any, values: tuple | list) -> bool:
 
 
 def distribution(place: str, values: tuple | list, optuna: Any) -> Any:
+    """optuna's form of a range (low, high[, ...]) or of a list of choices."""
     if isinstance(values, list):
         return optuna.distributions.CategoricalDistribution(values)
     low, high, *how = values
