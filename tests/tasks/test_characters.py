@@ -1,6 +1,6 @@
-"""The tasks: exact answers, the same from the same seed; word problems read and scored."""
+"""The character tasks: exact answers, the same from the same seed."""
 
-import json
+import hashlib
 from random import Random
 
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgery.errors import SurgeryError
-from surgery.tasks import TASKS, Example, gsm8k, numeric_answer, same_number, svamp
+from surgery.tasks import TASKS, make_task
 
 BY_HAND = {
     "copy": ("c bacb=", "bacb"),
@@ -23,8 +23,10 @@ BY_HAND = {
     "last": ("l bac=", "ccc"),
 }
 
+NAMES = ["facts", "direct", "chain", *BY_HAND]
 
-@given(name=st.sampled_from(sorted(TASKS)), seed=st.integers(0, 10_000))
+
+@given(name=st.sampled_from(sorted(NAMES)), seed=st.integers(0, 10_000))
 def test_the_response_is_right_and_anything_else_is_wrong(name, seed):
     task = TASKS[name]
     one = task.example(Random(seed))
@@ -67,7 +69,7 @@ def test_chain_steps_follow_from_each_other(seed):
 
 
 def test_prompts_tell_the_tasks_apart():
-    letters = {name: TASKS[name].example(Random(0)).prompt[0] for name in TASKS}
+    letters = {name: TASKS[name].example(Random(0)).prompt[0] for name in NAMES}
     assert letters.pop("direct") == letters.pop("chain") == letters["facts"]
     assert len(set(letters.values())) == len(letters)
 
@@ -82,39 +84,18 @@ def test_examples_are_different_and_repeatable():
         TASKS.lookup("revers")
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("He has 3 cats.\n#### 1,234", 1234),
-        ("so 12 and then 5-2", 2),
-        ("= -3.", -3),
-        ("$.50", 0.5),
-        ("9 #### 7\nmore 8", 7),
-        ("none", None),
-        ("####", None),
-        ("it is 4.50 dollars.", 4.5),
-    ],
-)
-def test_numeric_answer(text, number):
-    assert numeric_answer(text) == number
+def test_the_streams_are_what_stored_experiments_drew():
+    drawn = [(e.prompt, e.response, e.answer) for name in NAMES for e in TASKS[name].examples(100, seed=7)]
+    assert hashlib.sha256(repr(drawn).encode()).hexdigest()[:16] == "3e260b8c7a6ab1da"
 
 
-def test_word_problems_from_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("SURGERY_DATA", str(tmp_path))
-    (tmp_path / "gsm8k").mkdir()
-    (tmp_path / "svamp").mkdir()
-    row = {"question": "How many?", "answer": "2*600 = <<2*600=1200>>1200\n#### 1,200"}
-    (tmp_path / "gsm8k" / "test.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
-    problem = {"Body": "Ann has 5 pens", "Question": "How many?", "Equation": "( 5.0 - 2.0 )", "Answer": 3.0}
-    (tmp_path / "svamp" / "SVAMP.json").write_text(json.dumps([problem] * 5))
-
-    assert gsm8k("test", 1) == [Example("How many?", "2*600 = 1200\n#### 1,200", "1200")]
-    (first, *others) = svamp("train", held_out=2)
-    assert first == Example("Ann has 5 pens. How many?", "5 - 2 = 3\n#### 3", "3")
-    assert len(others) == 2 and len(svamp("test", held_out=2)) == 2
-    assert same_number("5 - 2 = 3", first) and not same_number("5 - 2 = 4", first)
-
-    with pytest.raises(SurgeryError, match=r"gsm8k/train\.jsonl"):
-        gsm8k("train")
-    with pytest.raises(SurgeryError, match="Unknown split 'dev'"):
-        svamp("dev")
+def test_options_and_labels():
+    chain = make_task("chain", terms=[4, 5])
+    assert {(e.category, e.difficulty) for e in chain.examples(40)} == {("4 terms", 4), ("5 terms", 5)}
+    assert {len(e.answer) for e in make_task("copy", length=6).examples(20)} == {6}
+    assert chain.options == {"terms": [4, 5]} and TASKS["chain"].options == {"terms": (3, 6)}
+    with pytest.raises(SurgeryError, match="no option 'term'.\nDid you mean 'terms'"):
+        make_task("chain", term=4)
+    for wrong in (1, "4", [4], [5, 4], 4.0, True, [2, 3, 4], None):
+        with pytest.raises(SurgeryError, match="Option 'terms' is .*expected a whole number from 2"):
+            make_task("chain", terms=wrong)
