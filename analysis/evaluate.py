@@ -1,4 +1,8 @@
-"""How good is a model? Exact-answer accuracy by greedy generation, and the likelihood of given answers.
+"""How good is a model? One call for a model, a folder, or anything that generates; greedy, or over many samples.
+
+    found = evaluate("merged", task_rows(["chain", "copy"], n=200))           # (examples,), greedy
+    found = evaluate(model, rows, tokenizer=tokenizer, samples=16, seed=0)    # (examples, sample), at temperature 1
+    found.by("task"), found.table("difficulty"), found.plot("category"), pass_at_k(found, [1, 4, 16])
 
 A model that is looked at is not changed: training mode, cache settings and generation config are as before, also after
 an exception.
@@ -6,47 +10,109 @@ an exception.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from analysis.likelihood import answer_log_likelihood, perplexity
+from analysis.prompts import Progress, Prompt, by_length, load, prompt_ids, untouched
 from analysis.results import Result, concatenate
+from analysis.rows import stated_answer, task_rows
 from surgery.errors import SurgeryError
-from surgery.tasks import TASKS, Example, Task
+from surgery.tasks import TASKS, Example, Task, verify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Progress = Callable[[int, int], None]
-"""Called with (examples done, examples in all) after each batch."""
+    from surgery.training.decoding import Decoder
+    from surgery.training.rollouts import Generator, Rollout
+
+__all__ = [
+    "accuracy", "answer_log_likelihood", "evaluate", "evaluate_tasks", "generate", "load", "perplexity", "prompt_ids",
+    "respond", "stated_answer", "task_rows", "untouched",
+]  # fmt: skip
+
+LONGEST = 256
+"""New tokens where nothing else is asked for, as far as the model's context goes."""
+COLUMNS = ("task", "category", "difficulty", "answer")
+"""What a result keeps of its rows."""
 
 
-@contextmanager
-def untouched(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode and cache inside; afterwards the model's modes and settings are as they were."""
-    import torch
+def evaluate(
+    model: PreTrainedModel | Decoder | Generator | str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    samples: int | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+    max_new_tokens: int | None = None,
+    batch_size: int = 128,
+    chat: bool = False,
+    name: str = "accuracy",
+    progress: Progress | None = None,
+) -> Result:
+    """1 where the verifier of a row's task accepts the completion, else 0, in the order of `rows`.
 
-    modes = [(module, module.training) for module in model.modules()]
-    use_cache = getattr(model.config, "use_cache", None)
-    try:
-        model.eval()
-        if use_cache is not None:
-            model.config.use_cache = True
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        if use_cache is not None:
-            model.config.use_cache = use_cache
+    Greedy without `samples`; with it (examples, sample), drawn at `temperature`: row i's noise depends on `seed`, i and
+    the sample only. Columns: task, category, difficulty, answer, completion, and `truncated`, the share of completions
+    that did not end by themselves. Rows whose answer can't be parsed are left out, and counted in `meta`.
+
+    A `Generator` samples by its own settings (`temperature`, `max_new_tokens` are not used). Raises `SurgeryError` when
+    the tokenizer is missing, no row is left, or a prompt does not fit into the context.
+    """
+    from surgery.training.rollouts import Sampling
+
+    if isinstance(model, (str, Path)):
+        model, tokenizer = load(model)
+    group = 1 if samples is None else samples
+    prompts = [row["prompt"] for row in rows]
+    encoded = [prompt_ids(_needed(tokenizer), prompt, chat) for prompt in prompts]
+    longest = max_new_tokens or _room(model, encoded)
+    sampling = Sampling(longest, 0.0 if samples is None else temperature, batch_size=batch_size)
+    drawn = respond(model, encoded, _needed(tokenizer), sampling, group, seed, progress)
+    right = [[verify(one.text, row) for one in group_] for row, group_ in zip(rows, drawn, strict=True)]
+    known = [i for i, verdicts in enumerate(right) if None not in verdicts]
+    if not known:
+        raise SurgeryError("No row has an answer that its verifier can read." if rows else "No rows to evaluate.")
+    texts = [[one.text for one in drawn[i]] for i in known]
+    columns: dict[str, list[Any]] = {c: [rows[i].get(c) for i in known] for c in COLUMNS}
+    columns["completion"] = [text[0] for text in texts] if samples is None else texts
+    columns["truncated"] = [float(np.mean([one.truncated for one in drawn[i]])) for i in known]
+    values = np.array([right[i] for i in known], dtype=float)
+    axes: dict[str, Sequence[Any]] = {"example": [prompts[i] for i in known], "sample": range(group)}
+    meta = {"samples": samples, "temperature": sampling.temperature, "seed": seed, "unread": len(rows) - len(known)}
+    if samples is None:
+        return Result.of(values[:, 0], axes["example"], name=name, columns=columns, meta=meta)
+    return Result(values, axes, name, columns, meta)
+
+
+def respond(
+    model: PreTrainedModel | Decoder | Generator,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Any,
+    group: int = 1,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[list[Rollout]]:
+    """`group` rollouts of each prompt (token ids), in the order of `prompts`; a `Generator` is used as it is."""
+    from surgery.training.rollouts import LocalGenerator
+
+    run: Any = LocalGenerator(model, tokenizer, sampling) if _is_local(model) else model  # type: ignore[arg-type]
+    found: list[list[Rollout]] = [[] for _ in prompts]
+    for batch in by_length(prompts, max(1, sampling.batch_size // group), progress):
+        # Seeds of two evaluations share no number, whatever their prompts.
+        drawn = run([prompts[i] for i in batch], group, [(seed << 32) + i for i in batch])
+        for at, i in enumerate(batch):
+            found[i] = drawn[at * group : (at + 1) * group]
+    return found
 
 
 def accuracy(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Generator,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     correct: Callable[[str, Example], bool],
@@ -61,23 +127,18 @@ def accuracy(
 
     Greedy decoding in left-padded batches of similar length. `chat` wraps each prompt in the tokenizer's chat template.
     """
+    prompts = [e.prompt for e in examples]
     completions = generate(
-        model,
-        tokenizer,
-        [e.prompt for e in examples],
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        chat=chat,
-        progress=progress,
+        model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens, chat=chat, progress=progress
     )
     values = [float(correct(text, e)) for text, e in zip(completions, examples, strict=True)]
-    return Result.of(values, [e.prompt for e in examples], name=name, columns={"completion": completions})
+    return Result.of(values, prompts, name=name, columns={"completion": completions})
 
 
 def generate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Generator,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     batch_size: int = 64,
     max_new_tokens: int = 64,
@@ -85,76 +146,15 @@ def generate(
     progress: Progress | None = None,
 ) -> list[str]:
     """The greedy completion of each prompt, without special tokens, in the order of `prompts`."""
-    from transformers import GenerationConfig
+    from surgery.training.rollouts import Sampling
 
-    rows = [prompt_ids(tokenizer, prompt, chat) for prompt in prompts]
-    pad = _pad(tokenizer)
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=pad,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=_stops(model, tokenizer),
-    )
-    completions = [""] * len(rows)
-    run: Any = model.generate
-    with untouched(model):
-        for batch in _batches(rows, batch_size, progress):
-            ids, mask = left_padded([rows[i] for i in batch], pad, model.device)
-            out = run(ids, attention_mask=mask, generation_config=settings)
-            texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-            for i, text in zip(batch, texts, strict=True):
-                completions[i] = text
-    return completions
-
-
-def answer_log_likelihood(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    responses: Sequence[str],
-    *,
-    batch_size: int = 8,
-    chat: bool = False,
-    name: str = "log-likelihood",
-    progress: Progress | None = None,
-) -> Result:
-    """Mean log-probability (nats a token) of each response and its end mark after its prompt; `tokens` is a column.
-
-    Prompt and response are tokenised apart, as in generation. Raises `SurgeryError` when the lists differ in length.
-    """
-    import torch
-
-    if len(prompts) != len(responses):
-        raise SurgeryError(f"{len(prompts)} prompts, but {len(responses)} responses.")
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    answers = [tokenizer(r, add_special_tokens=False)["input_ids"] + end for r in responses]
-    rows = [prompt_ids(tokenizer, p, chat) + a for p, a in zip(prompts, answers, strict=True)]
-    pad, accepts = _pad(tokenizer), inspect.signature(model.forward).parameters
-    values = np.zeros(len(rows))
-    with untouched(model):
-        for batch in _batches(rows, batch_size, progress):
-            ids, mask = left_padded([rows[i] for i in batch], pad, model.device)
-            keep = max(len(answers[i]) for i in batch) + 1  # the responses are the last columns: no other logits needed
-            more: dict[str, Any] = {"logits_to_keep": keep} if "logits_to_keep" in accepts else {}
-            if "position_ids" in accepts:
-                more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-            logits = model(ids, attention_mask=mask, **more).logits[:, -keep:-1].float()
-            target = ids[:, 1 - keep :]
-            taken = -torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none")
-            for row, i in zip(taken, batch, strict=True):
-                values[i] = row[-len(answers[i]) :].mean().item()
-    return Result.of(values, prompts, name=name, columns={"tokens": [len(a) for a in answers]})
-
-
-def perplexity(likelihood: Result) -> float:
-    """exp of the mean negative log-probability over all response tokens of an `answer_log_likelihood`."""
-    tokens = np.array(likelihood.columns["tokens"])
-    return float(np.exp(-(likelihood.values * tokens).sum() / tokens.sum()))
+    encoded = [prompt_ids(tokenizer, prompt, chat) for prompt in prompts]
+    sampling = Sampling(max_new_tokens, temperature=0.0, batch_size=batch_size)
+    return [one.text for (one,) in respond(model, encoded, tokenizer, sampling, progress=progress)]
 
 
 def evaluate_tasks(
-    model: PreTrainedModel | str | Path,
+    model: PreTrainedModel | Generator | str | Path,
     tasks: Sequence[str | Task] = ("facts", "chain", "copy", "reverse", "sort"),
     n: int = 100,
     seed: int = 0,
@@ -164,12 +164,12 @@ def evaluate_tasks(
 ) -> Result:
     """Accuracy of a tiny model on `n` fresh examples of each task, one after the other; `task` is a column.
 
-    `model` is a folder or a model (then with its tokenizer). Prompts of "facts" are few (200): `n` is cut to 100 there.
+    `model` is a folder, or a model or generator with its tokenizer. Prompts of "facts" are few (200): `n` is cut to 100
+    there.
     """
     if isinstance(model, (str, Path)):
         model, tokenizer = load(model)
-    if tokenizer is None:
-        raise SurgeryError("A model in memory is evaluated with its tokenizer: pass tokenizer=.")
+    tokenizer = _needed(tokenizer)
     parts, names = [], []
     for task in [TASKS.lookup(t) if isinstance(t, str) else t for t in tasks]:
         examples = task.examples(min(n, 100) if task.name == "facts" else n, seed)
@@ -178,56 +178,21 @@ def evaluate_tasks(
     return concatenate(parts, task=names)
 
 
-def load(folder: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a folder (or hub name), in evaluation mode."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), AutoTokenizer.from_pretrained(folder)
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list[int]:
-    """The prompt's tokens as the model expects them: inside the chat template, or with the tokenizer's own first
-    tokens.
-
-    A tokenizer that adds an end mark to whatever it reads would end the prompt: the mark is taken off.
-    """
-    if chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise SurgeryError("This tokenizer has no chat template.", hint="Evaluate it without chat.")
-        message = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    ids = tokenizer(prompt)["input_ids"]
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        raise SurgeryError("A model in memory is evaluated with its tokenizer: pass tokenizer=.")
+    return tokenizer
 
 
-def left_padded(rows: Sequence[list[int]], pad: int, device: Any = None) -> tuple[Any, Any]:
-    """Rows of different length as one (batch, pos) tensor padded on the left, and its attention mask."""
-    import torch
+def _is_local(model: Any) -> bool:
+    """A model or a `Decoder`, which are decoded here; anything else generates by itself."""
+    from torch import nn
 
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
-    return ids, mask
+    return isinstance(model, nn.Module) or hasattr(model, "prefill")
 
 
-def _batches(rows: Sequence[list[int]], size: int, progress: Progress | None) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first: what does not fit in memory fails at once."""
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
-        if progress:
-            progress(min(start + size, len(order)), len(order))
-
-
-def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any token will do where the mask is 0."""
-    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
-
-
-def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """Every end mark that the model's generation config or the tokenizer names."""
-    config = getattr(model, "generation_config", None)
-    named = getattr(config, "eos_token_id", None)
-    stops = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
-    return sorted(stops) or None
+def _room(model: Any, prompts: Sequence[Sequence[int]]) -> int:
+    """New tokens that the longest prompt leaves room for, at most `LONGEST`."""
+    config = getattr(model, "config", None)
+    context = getattr(config, "max_position_embeddings", None) or getattr(model, "context", None)
+    return LONGEST if context is None else max(1, min(LONGEST, context - max(map(len, prompts), default=0)))

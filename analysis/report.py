@@ -92,6 +92,7 @@ def demo(
     """
     from analysis.evaluate import evaluate_tasks
     from analysis.geometry import geometry
+    from analysis.prompts import no_bars
     from surgery import zoo
     from surgery.tasks import TASKS
     from surgery.weights.merge import merge
@@ -104,7 +105,7 @@ def demo(
     skills = [name for name in members if name in TASKS]
     tuned = {skill: str(zoo.get(f"tiny-{skill}")) for skill in skills}
     steps = _Steps(2 * len(skills) + 2 * len(MERGES) + 3, progress)
-    with _folder(out, force) as folder, _no_bars():
+    with _folder(out, force) as folder, no_bars():
         sizes = {}
         for skill, path in tuned.items():
             vector = TaskVector.between(base, path)
@@ -234,17 +235,3 @@ def _folder(out: Path, force: bool) -> Iterator[Path]:
         os.replace(folder, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without the bars of transformers meanwhile."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -100,6 +100,14 @@ class Result:
         entries = self.columns[column]
         return {entry: self.where([e == entry for e in entries]) for entry in dict.fromkeys(entries)}
 
+    def over(self, axis: str) -> Result:
+        """The mean over one of the further axes (samples, seeds), still one value an example."""
+        if axis not in list(self.axes)[1:]:
+            raise SurgeryError(f"Result '{self.name}' has no axis '{axis}' to average: {', '.join(self.axes)}.")
+        values = self.values.mean(axis=list(self.axes).index(axis))
+        axes = {name: labels for name, labels in self.axes.items() if name != axis}
+        return Result(values, axes, self.name, self.columns, self.meta)
+
     # ---- reductions over the examples
 
     @property
@@ -152,6 +160,13 @@ class Result:
         low, high = self.interval()
         plain = {"mean": self.mean, "standard_error": self.standard_error, "low": low, "high": high}
         return {"name": self.name, "n": len(self), **{k: np.round(v, 6).tolist() for k, v in plain.items()}}
+
+    def table(self, by: str) -> list[dict[str, Any]]:
+        """The summary of each group of a column, as plain JSON. Raises `SurgeryError` when there is no such column."""
+        if by not in self.columns:
+            known = ", ".join(self.columns) or "none"
+            raise SurgeryError(f"Result '{self.name}' has no column '{by}'.", hint=f"Its columns: {known}.")
+        return [{by: entry, **group.summary()} for entry, group in self.by(by).items()]
 
     def __str__(self) -> str:
         if self.values.ndim > 1:
@@ -240,6 +255,27 @@ def concatenate(results: Sequence[Result], **column: Sequence[Any]) -> Result:
     example = next(iter(first.axes))
     axes = {**first.axes, example: [label for r in results for label in r.labels]}
     return Result(np.concatenate([r.values for r in results]), axes, first.name, columns, first.meta)
+
+
+def stack(results: Mapping[Any, Result], axis: str) -> Result:
+    """Results on the same examples side by side: a last axis (seeds, stages, models) labelled by the keys.
+
+    Columns on which they agree stay; of others (completions) each example keeps the list. Raises `SurgeryError` when
+    the examples differ.
+    """
+    if not results:
+        raise SurgeryError("No results to put together.")
+    labels, (first, *others) = list(results), list(results.values())
+    for label, other in zip(labels[1:], others, strict=True):
+        if other.axes != first.axes:
+            raise SurgeryError(f"Results '{labels[0]}' and '{label}' have different examples: they don't stack.")
+    columns: dict[str, list[Any]] = {}
+    for name in [c for c in first.columns if all(c in r.columns for r in others)]:
+        alike = all(r.columns[name] == first.columns[name] for r in others)
+        every = [list(entries) for entries in zip(*(r.columns[name] for r in results.values()), strict=True)]
+        columns[name] = list(first.columns[name]) if alike else every
+    values = np.stack([r.values for r in results.values()], axis=-1)
+    return Result(values, {**first.axes, axis: labels}, first.name, columns, first.meta)
 
 
 def _files(path: str | Path) -> tuple[Path, Path]:

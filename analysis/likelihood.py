@@ -1,0 +1,62 @@
+"""How likely a model finds given answers: log-likelihood per response, and the perplexity of all of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from analysis.prompts import Progress, Prompt, by_length, left_padded, prompt_ids, untouched
+from analysis.results import Result
+from surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def answer_log_likelihood(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    *,
+    batch_size: int = 8,
+    chat: bool = False,
+    name: str = "log-likelihood",
+    progress: Progress | None = None,
+) -> Result:
+    """Mean log-probability (nats a token) of each response and its end mark after its prompt; `tokens` is a column.
+
+    Prompt and response are tokenised apart, as in generation. Raises `SurgeryError` when the lists differ in length.
+    """
+    import torch
+
+    if len(prompts) != len(responses):
+        raise SurgeryError(f"{len(prompts)} prompts, but {len(responses)} responses.")
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    answers = [tokenizer(r, add_special_tokens=False)["input_ids"] + end for r in responses]
+    rows = [prompt_ids(tokenizer, p, chat) + a for p, a in zip(prompts, answers, strict=True)]
+    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    accepts = inspect.signature(model.forward).parameters
+    values = np.zeros(len(rows))
+    with untouched(model):
+        for batch in by_length(rows, batch_size, progress):
+            ids, mask = left_padded([rows[i] for i in batch], pad, model.device)
+            keep = max(len(answers[i]) for i in batch) + 1  # the responses are the last columns: no other logits needed
+            more: dict[str, Any] = {"logits_to_keep": keep} if "logits_to_keep" in accepts else {}
+            if "position_ids" in accepts:
+                more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+            logits = model(ids, attention_mask=mask, **more).logits[:, -keep:-1].float()
+            target = ids[:, 1 - keep :]
+            taken = -torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+            for row, i in zip(taken, batch, strict=True):
+                values[i] = row[-len(answers[i]) :].mean().item()
+    return Result.of(values, prompts, name=name, columns={"tokens": [len(a) for a in answers]})
+
+
+def perplexity(likelihood: Result) -> float:
+    """exp of the mean negative log-probability over all response tokens of an `answer_log_likelihood`."""
+    tokens = np.array(likelihood.columns["tokens"])
+    return float(np.exp(-(likelihood.values * tokens).sum() / tokens.sum()))
