@@ -13,35 +13,46 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from functools import partial, update_wrapper
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from surgery.errors import SurgeryError
-from surgery.registry import nearest
-from surgery.training.rewards.base import REWARDS, Reward, Rewards
+from surgery.registry import Registry, T, nearest
+from surgery.training.rewards.base import REWARDS, Reward
+from surgery.training.rewards.score import Rewards
+
+_FOLDER: ContextVar[Path] = ContextVar("folder of the recipe", default=Path())
+"""Where `file.py:function` is looked up: rewards that name others (a judge, an executor) are built inside."""
 
 Spec = Mapping[str, Any] | Sequence[Any] | str | Callable[..., Any] | Rewards
 
 
-def build_rewards(spec: Spec, *, folder: str | Path = ".") -> Rewards:
-    """The rewards that `spec` names; `file.py:function` is looked up in `folder` (that of the recipe).
+def build_rewards(spec: Spec, *, folder: str | Path | None = None) -> Rewards:
+    """The rewards that `spec` names; `file.py:function` is looked up in `folder`, that of the recipe.
 
     Raises `SurgeryError` for a name or parameter that does not exist, a value of the wrong type, a missing file.
     """
     if isinstance(spec, Rewards):
         return spec
+    if folder is not None:
+        token = _FOLDER.set(Path(folder))
+        try:
+            return build_rewards(spec)
+        finally:
+            _FOLDER.reset(token)
     functions: dict[str, tuple[Reward, float]] = {}
     for label, entry in _entries(spec):
         reward, weight, parameters = _parts(label, entry)
         if label in functions:
             raise SurgeryError(f"Reward '{label}' is given twice.", hint="Give one of them a label of its own.")
-        functions[label] = make_reward(reward, parameters, folder=folder), weight
+        functions[label] = make_reward(reward, parameters), weight
     return Rewards(functions)
 
 
-def make_reward(name: str | Reward, parameters: Mapping[str, Any] | None = None, *, folder: str | Path = ".") -> Reward:
+def make_reward(name: str | Reward, parameters: Mapping[str, Any] | None = None) -> Reward:
     """One reward: by registered name, by `module:function` or `file.py:function`, or a callable as it is.
 
     A registered factory or a class is called with the parameters; those of a plain function are bound to it.
@@ -50,19 +61,19 @@ def make_reward(name: str | Reward, parameters: Mapping[str, Any] | None = None,
     parameters = dict(parameters or {})
     if callable(name):
         return _bound(getattr(name, "__name__", "reward"), name, parameters)
-    if ":" not in name:
-        factory = REWARDS.lookup(name)
-        check_parameters(f"Reward '{name}'", factory, parameters)
-        return factory(**parameters)
-    return _bound(name, imported(name, folder=folder), parameters)
+    if ":" in name:
+        return _bound(name, imported(name), parameters)
+    factory = REWARDS.lookup(name)
+    check_parameters(f"Reward '{name}'", factory, parameters)
+    return factory(**parameters)
 
 
-def imported(path: str, *, folder: str | Path = ".") -> Callable[..., Any]:
+def imported(path: str) -> Callable[..., Any]:
     """What `module:function` or `file.py:function` names. Raises `SurgeryError` when it is not there."""
     where, _, attribute = path.rpartition(":")
     try:
         if where.endswith(".py"):
-            file = Path(folder) / Path(where).expanduser()
+            file = _FOLDER.get() / Path(where).expanduser()
             if not file.is_file():
                 raise SurgeryError(f"'{path}': there is no file {file}.")
             module_spec = importlib.util.spec_from_file_location(file.stem, file)
@@ -75,11 +86,18 @@ def imported(path: str, *, folder: str | Path = ".") -> Callable[..., Any]:
         raise
     except Exception as error:
         raise SurgeryError(f"'{path}' could not be imported: {type(error).__name__}: {error}") from error
-    found = getattr(module, attribute, None)
-    if not callable(found):
+    thing = getattr(module, attribute, None)
+    if not callable(thing):
         names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise SurgeryError(f"'{path}': {where} has no function '{attribute}'.", hint=nearest(attribute, names))
-    return found
+    return thing
+
+
+def found(registry: Registry[T], name: str) -> T:
+    """The thing registered as `name`, or what `module:function` or `file.py:function` names."""
+    if ":" in name:
+        return imported(name)  # type: ignore[return-value]
+    return registry.lookup(name)
 
 
 def check_parameters(who: str, function: Callable[..., Any], parameters: Mapping[str, Any]) -> None:
@@ -144,7 +162,7 @@ def _parts(label: str, entry: Any) -> tuple[str | Reward, Any, dict[str, Any]]:
 def _bound(name: str, thing: Callable[..., Any], parameters: Mapping[str, Any]) -> Reward:
     check_parameters(f"Reward '{name}'", thing, parameters)
     if inspect.isclass(thing):
-        made: Reward = thing(**parameters)
+        made: Any = thing(**parameters)
         return made
     if not parameters:
         return thing
