@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 Head = Callable[[Tensor], Tensor]
+ROOM = 64
+"""Columns kept free for tokens to come when a cache (or mask) grows."""
 
 
 class State(Protocol):
@@ -71,13 +73,12 @@ def backbone_and_head(model: nn.Module) -> tuple[nn.Module, Head] | None:
     believed only after `head(backbone(x)) == model(x).logits` (float32: 1e-4 of the largest logit) on three tokens,
     there with hidden states so large that a soft cap can't hide.
     """
+    from torch.distributed.fsdp import FSDPModule
     from transformers import PreTrainedModel
 
-    if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
-        return None  # the virtual tokens are put in front by the wrapper
     inner = _unwrapped(model)
-    if not isinstance(inner, PreTrainedModel):
-        return None
+    if not isinstance(inner, PreTrainedModel) or _prompt_learning(model) or isinstance(inner, FSDPModule):
+        return None  # virtual tokens, and parameters gathered for the call, come with the outermost module alone
     backbone, output = inner.get_decoder(), inner.get_output_embeddings()
     if backbone is inner or output is None:
         return None
@@ -90,49 +91,45 @@ def _unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
+def _prompt_learning(model: Any) -> bool:
+    return any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
+
+
 def _head(output: nn.Module, config: Any) -> Head:
     """The output embedding with the scale and the soft cap that the config names."""
-    scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier"):
-        scale *= getattr(config, name, None) or 1.0
-    for name in ("logits_scaling",):
-        scale /= getattr(config, name, None) or 1.0
+    scale = (getattr(config, "logit_scale", None) or 1.0) * (getattr(config, "lm_head_multiplier", None) or 1.0)
+    scale /= getattr(config, "logits_scaling", None) or 1.0
     cap = getattr(config, "final_logit_softcapping", None)
     if scale == 1.0 and cap is None:
         return output
 
     def head(hidden: Tensor) -> Tensor:
-        logits = output(hidden)
-        if scale != 1.0:
-            logits = logits * scale
+        logits = output(hidden) * scale
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     return head
 
 
 def _same_logits(model: Any, backbone: nn.Module, head: Head) -> bool:
-    ids = (
-        torch.arange(1, 4, device=next(model.parameters()).device).unsqueeze(0)
-        % model.config.get_text_config().vocab_size
-    )
-    largest = 1.0
+    parameter = next(model.parameters())
+    ids = torch.arange(1, 4, device=parameter.device)[None] % model.config.get_text_config(decoder=True).vocab_size
+    largest = 100.0
 
     def enlarge(module: nn.Module, args: Any, output: Any) -> Any:
         output.last_hidden_state = output.last_hidden_state * (100 / largest)
         return output
 
-    with undisturbed(model):
-        try:
+    hook = backbone.register_forward_hook(enlarge)
+    try:
+        with undisturbed(model):
             largest = model(ids, use_cache=False).logits.abs().max().item()
-            hook = backbone.register_forward_hook(enlarge)
-            try:
-                expected = model(ids, use_cache=False).logits.float()
-                found = head(backbone(ids, use_cache=False).last_hidden_state).float()
-            finally:
-                hook.remove()
-        except (AttributeError, TypeError, RuntimeError, ValueError, ZeroDivisionError):
-            return False
-    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 2e-2
+            expected = model(ids, use_cache=False).logits.float()
+            found = head(backbone(ids, use_cache=False).last_hidden_state).float()
+    except (AttributeError, TypeError, RuntimeError, ValueError, ZeroDivisionError):
+        return False  # whatever a family does otherwise: its own forward is used
+    finally:
+        hook.remove()
+    tolerance = 1e-4 if parameter.dtype == torch.float32 else 2e-2
     return found.shape == expected.shape and bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
@@ -159,13 +156,22 @@ class CausalState:
 class CausalDecoder:
     """Decodes with any `transformers` causal language model that has a standard key-value cache.
 
-    Raises `SurgeryError` for models that remember in another way (state spaces, linear attention, encoder-decoders).
+    `room` is how many columns a cache keeps free for tokens to come: best the number of new tokens. Raises
+    `SurgeryError` for models that remember in another way (state spaces, linear attention, encoder-decoders) and for
+    adapters that put virtual tokens before the prompt.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, room: int = ROOM) -> None:
         inner = _unwrapped(model)
-        self.models = (model,)
         self._config = inner.config.get_text_config(decoder=True)
+        standard = "past_key_values" in inspect.signature(inner.forward).parameters and _standard(self._config)
+        if not standard or inner.config.is_encoder_decoder or _prompt_learning(model):
+            raise SurgeryError(
+                f"{type(inner).__name__} can't be decoded row by row here: it has no standard key-value cache, or an "
+                "adapter puts virtual tokens before the prompt.",
+                hint="Rollouts need a causal language model with full or sliding attention; of adapters, LoRA works.",
+            )
+        self.models = (model,)
         self.context: int | None = getattr(self._config, "max_position_embeddings", None)
         split = backbone_and_head(model)
         self._backbone: Any = split[0] if split else model
@@ -173,11 +179,7 @@ class CausalDecoder:
         accepted = inspect.signature((self._backbone if split else inner).forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._more: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        if "past_key_values" not in accepted or self._config.is_encoder_decoder or not _standard(self._config):
-            raise SurgeryError(
-                f"{type(inner).__name__} has no standard key-value cache: it can't be decoded row by row here.",
-                hint="Rollouts need a causal language model with full or sliding attention.",
-            )
+        self._room = room
 
     def prefill(
         self, ids: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"]
@@ -186,7 +188,7 @@ class CausalDecoder:
         mask = mask.bool()
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         state = CausalState(
-            _cache(self._config), None if bool(mask.all()) else mask, ids.shape[1], positions[:, -1] + 1
+            _cache(self._config, self._room), None if bool(mask.all()) else mask, ids.shape[1], positions[:, -1] + 1
         )
         return self._run(ids, positions, state), state
 
@@ -208,17 +210,13 @@ class CausalDecoder:
         return out.logits[:, -1] if self._head is None else self._head(out.last_hidden_state[:, -1])
 
 
-ROOM = 64
-"""Columns by which a cache (and mask) grows when it is full."""
-
-
-def _cache(config: Any) -> Any:
+def _cache(config: Any, room: int = ROOM) -> Any:
     """transformers' own cache for `config`, its growing layers replaced by ones that write in place."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
     cache = DynamicCache(config=config)
-    cache.layers = [roomy_layer()() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [roomy_layer()(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
@@ -235,21 +233,25 @@ def roomy_layer() -> type:
     from transformers.cache_utils import DynamicLayer
 
     class RoomyLayer(DynamicLayer):
-        """Keys and values are views of larger tensors: a step writes one column instead of copying all of them."""
+        """Keys and values are the start of larger tensors: a step writes one column instead of copying all of them."""
 
-        room: tuple[Tensor, Tensor]
+        buffers: tuple[Tensor, Tensor]
         length = 0
 
+        def __init__(self, room: int = ROOM) -> None:
+            super().__init__()
+            self.room = room
+
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            start, self.length = self.length, self.length + key_states.shape[-2]
-            if not start:
-                self.is_initialized, self.room = True, (key_states, value_states)
+            new, start, self.length = (key_states, value_states), self.length, self.length + key_states.shape[-2]
+            if start == 0:
+                self.is_initialized, self.buffers = True, new
             else:
-                if self.length > self.room[0].shape[-2]:
-                    self.room = (_roomy(self.keys, self.length), _roomy(self.values, self.length))
-                for room, new in zip(self.room, (key_states, value_states), strict=True):
-                    room[:, :, start : self.length] = new
-            self.keys, self.values = (room[:, :, : self.length] for room in self.room)
+                if self.length > self.buffers[0].shape[-2]:
+                    self._move(start, None)
+                for buffer, states in zip(self.buffers, new, strict=True):
+                    buffer[:, :, start : self.length] = states
+            self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
             return self.keys, self.values
 
         def get_seq_length(self) -> int:
@@ -257,15 +259,21 @@ def roomy_layer() -> type:
 
         def batch_select_indices(self, indices: Tensor) -> None:
             if self.length:
-                keys, values = (room[:, :, : self.length][indices] for room in self.room)
-                self.keys, self.values = self.room = (keys, values)
+                self._move(self.length, indices)
+
+        def _move(self, length: int, rows: Tensor | None) -> None:
+            """Into larger buffers, all rows or the given ones."""
+            moved = []
+            for old in self.buffers:
+                count, heads, _, size = old.shape
+                shape = (count if rows is None else len(rows), heads, length + max(self.room, length // 4), size)
+                new = old.new_empty(shape)
+                if rows is None:
+                    new[:, :, :length] = old[:, :, :length]
+                else:
+                    torch.index_select(old[:, :, :length], 0, rows, out=new[:, :, :length])
+                moved.append(new)
+            self.buffers = (moved[0], moved[1])
+            self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
 
     return RoomyLayer
-
-
-def _roomy(old: Any, needed: int) -> Tensor:
-    """`old` at the start of a tensor with at least `needed` columns and some to spare."""
-    rows, heads, length, size = old.shape
-    new = old.new_empty(rows, heads, needed + max(ROOM, needed // 4) - 1, size)
-    new[:, :, :length] = old
-    return new

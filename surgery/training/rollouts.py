@@ -6,6 +6,7 @@ on which other rows are in the batch, on the batch size, on rows that ended earl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
-from surgery.training.decoding import CausalDecoder, Decoder, undisturbed
+from surgery.training.decoding import ROOM, CausalDecoder, Decoder, undisturbed
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -81,7 +82,8 @@ class LocalGenerator:
     """Draws completions from a model in memory (or from any `Decoder`), which is left exactly as it was found."""
 
     def __init__(self, policy: nn.Module | Decoder, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> None:
-        self.decoder: Any = CausalDecoder(policy) if isinstance(policy, nn.Module) else policy
+        room = min(sampling.max_new_tokens, ROOM)
+        self.decoder: Any = CausalDecoder(policy, room) if isinstance(policy, nn.Module) else policy
         self.tokenizer, self.sampling = tokenizer, sampling
         self._models: tuple[Any, ...] = tuple(getattr(self.decoder, "models", ()))
         self._ends = _end_tokens(tokenizer, self._models)
@@ -162,35 +164,33 @@ class LocalGenerator:
         is_end = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
         is_end[[token for token in self._ends if token < logits.shape[1]]] = True
         rows = torch.arange(len(logits), device=logits.device)
-        ended = torch.zeros_like(rows, dtype=torch.bool)
-        lengths = torch.full_like(rows, steps)
-        tokens, log_probs = torch.empty_like(noise, dtype=torch.long), torch.empty_like(noise, dtype=torch.float32)
+        alive, lengths = torch.ones_like(rows, dtype=torch.bool), torch.zeros_like(rows)
+        tokens, log_probs = torch.empty_like(noise, dtype=torch.long), torch.empty_like(noise)
         for t in range(steps):
             tokens[:, t], log_probs[:, t] = drawn, _ = draw(logits, noise[:, t], self.sampling)
-            now = is_end[drawn]
+            lengths += alive
+            alive &= ~is_end[drawn]
             if self._stop:
-                now |= self._stopped(tokens[:, : t + 1], ended)
-            lengths[now & ~ended] = t + 1
-            ended |= now
-            left = len(ended) - int(ended.sum())
+                alive &= ~self._stopped(tokens[:, : t + 1], alive)
+            left = int(alive.sum())
             if left == 0 or t + 1 == steps:
                 break
-            if left <= LEAVE * len(ended):
-                yield from _leave(rows[ended], tokens[ended], log_probs[ended], lengths[ended])
-                kept = (~ended).nonzero().squeeze(1)
+            if left <= LEAVE * len(alive):
+                yield from _leave(rows[~alive], tokens[~alive], log_probs[~alive], lengths[~alive])
+                kept = alive.nonzero().squeeze(1)
                 state = state.select(kept)
-                rows, ended, lengths, noise = rows[kept], ended[kept], lengths[kept], noise[kept]
+                rows, alive, lengths, noise = rows[kept], alive[kept], lengths[kept], noise[kept]
                 tokens, log_probs, drawn = tokens[kept], log_probs[kept], drawn[kept]
             logits, state = self.decoder.step(drawn, state)
         yield from _leave(rows, tokens, log_probs, lengths)
 
-    def _stopped(self, tokens: Tensor, ended: Tensor) -> Tensor:
+    def _stopped(self, tokens: Tensor, alive: Tensor) -> Tensor:
         """Which rows' text holds a stop string, as seen in the last tokens."""
         # A token adds at least one byte, special ones apart: 8 more are read for those and for a cut character.
         tail = tokens[:, -(max(len(text.encode()) for text in self._stop) + 8) :].tolist()
         hits = [
-            not over and any(text in self._text(row) for text in self._stop)
-            for row, over in zip(tail, ended.tolist(), strict=True)
+            going and any(text in self._text(row) for text in self._stop)
+            for row, going in zip(tail, alive.tolist(), strict=True)
         ]
         return torch.tensor(hits, device=tokens.device)
 
@@ -198,7 +198,7 @@ class LocalGenerator:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _rollout(self, index: int, prompt: list[int], ids: list[int], log_probs: list[float]) -> Rollout:
-        if not np.isfinite(log_probs).all():
+        if not math.isfinite(sum(log_probs)):
             at = int(np.isfinite(log_probs).argmin())
             raise SurgeryError(f"The policy's logits for prompt {index} are not finite at completion token {at}.")
         ends = ids[-1] in self._ends
@@ -241,9 +241,8 @@ def draw(logits: Float[Tensor, "row vocab"], uniform: Tensor, sampling: Sampling
     else:
         log_probs = (logits if sampling.temperature == 1 else logits / sampling.temperature).log_softmax(-1)
         cumulative = truncate(log_probs.exp(), sampling).cumsum(-1)
-        # Below the total even when u * total rounds up to it: the token found is then one that has a probability.
+        # u <= 1 - 2^-24, so u * total stays below the total in float32: the token has a probability (NaN apart).
         target = uniform.unsqueeze(1) * cumulative[:, -1:]
-        target = torch.minimum(target, cumulative[:, -1:].nextafter(torch.zeros_like(target)))
         token = torch.searchsorted(cumulative, target, right=True).clamp_(max=logits.shape[1] - 1)
     return token.squeeze(1), log_probs.gather(1, token).squeeze(1)
 
