@@ -156,7 +156,7 @@ class CausalState:
 class CausalDecoder:
     """Decodes with any `transformers` causal language model that has a standard key-value cache.
 
-    `room` is how many columns a cache keeps free for tokens to come: best the number of new tokens. Raises
+    `room` is how many columns a cache keeps free for tokens to come; a generator sets it to what it needs. Raises
     `SurgeryError` for models that remember in another way (state spaces, linear attention, encoder-decoders) and for
     adapters that put virtual tokens before the prompt.
     """
@@ -179,7 +179,7 @@ class CausalDecoder:
         accepted = inspect.signature((self._backbone if split else inner).forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._more: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self._room = room
+        self.room = room
 
     def prefill(
         self, ids: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"]
@@ -188,7 +188,7 @@ class CausalDecoder:
         mask = mask.bool()
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         state = CausalState(
-            _cache(self._config, self._room), None if bool(mask.all()) else mask, ids.shape[1], positions[:, -1] + 1
+            _cache(self._config, self.room), None if bool(mask.all()) else mask, ids.shape[1], positions[:, -1] + 1
         )
         return self._run(ids, positions, state), state
 

@@ -82,8 +82,9 @@ class LocalGenerator:
     """Draws completions from a model in memory (or from any `Decoder`), which is left exactly as it was found."""
 
     def __init__(self, policy: nn.Module | Decoder, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> None:
-        room = min(sampling.max_new_tokens, ROOM)
-        self.decoder: Any = CausalDecoder(policy, room) if isinstance(policy, nn.Module) else policy
+        self.decoder: Any = CausalDecoder(policy) if isinstance(policy, nn.Module) else policy
+        if isinstance(self.decoder, CausalDecoder):
+            self.decoder.room = min(sampling.max_new_tokens, ROOM)
         self.tokenizer, self.sampling = tokenizer, sampling
         self._models: tuple[Any, ...] = tuple(getattr(self.decoder, "models", ()))
         self._ends = _end_tokens(tokenizer, self._models)
@@ -104,7 +105,7 @@ class LocalGenerator:
         if group < 1:
             raise SurgeryError(f"A group of {group} rollouts; expected at least 1.")
         rows = [self._readable(i, list(prompt)) for i, prompt in enumerate(prompts)]
-        noise = torch.from_numpy(uniforms(seeds, group, self.sampling.max_new_tokens).reshape(len(rows) * group, -1))
+        noise = torch.from_numpy(uniforms(seeds, group, self.sampling.max_new_tokens)).flatten(0, 1)
         done: dict[int, Rollout] = {}
         with undisturbed(*self._models):
             for unique, members in self._blocks(rows, group):

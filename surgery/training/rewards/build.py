@@ -101,7 +101,8 @@ def found(registry: Registry[T], name: str) -> T:
 
 
 def check_parameters(who: str, function: Callable[..., Any], parameters: Mapping[str, Any]) -> None:
-    """Raises `SurgeryError` unless `function` takes these keyword parameters, of the types of its defaults."""
+    """Raises `SurgeryError` unless `function` takes these keyword parameters, of the types of its defaults
+    where these are annotated."""
     known = inspect.signature(function).parameters
     if any(p.kind is p.VAR_KEYWORD for p in known.values()):
         return
@@ -109,12 +110,15 @@ def check_parameters(who: str, function: Callable[..., Any], parameters: Mapping
         if name not in known:
             valid = [*known, "weight"]
             raise SurgeryError(f"{who} has no parameter '{name}'.", hint=nearest(name, valid))
-        if wrong := _wrong_type(known[name].default, value):
+        if wrong := _wrong_type(known[name], value):
             raise SurgeryError(f"{who}: {name} must be {wrong}, not {value!r}.")
 
 
-def _wrong_type(default: Any, value: Any) -> str | None:
-    """What the value should be, in words, when it is not; the default says what the parameter is."""
+def _wrong_type(parameter: inspect.Parameter, value: Any) -> str | None:
+    """What the value of an annotated parameter should be, in words, when it is not; its default shows the type."""
+    default, annotation = parameter.default, str(parameter.annotation)
+    if parameter.annotation is parameter.empty or "Any" in annotation or (value is None and "None" in annotation):
+        return None
     if isinstance(default, bool):
         return None if isinstance(value, bool) else "true or false"
     if isinstance(default, int):

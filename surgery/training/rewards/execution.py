@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import operator
 import re
-import sqlite3
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from surgery.registry import Registry
+from surgery.tasks.sql import run_sql
 from surgery.training.rewards.base import REWARDS, Row, rows_of, text_of
 from surgery.training.rewards.build import found
 from surgery.training.rewards.similarity import common
@@ -31,8 +31,7 @@ Executor = Callable[[str, Row], Results | None]
 EXECUTORS: Registry[Executor] = Registry("executor")
 """(program, row) -> results, None when the program fails."""
 
-_READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
-_TICKS, _STEPS, _ROWS, _BYTES = 1000, 10_000, 10_000, 1_000_000
+_rows = lru_cache(maxsize=4096)(run_sql)  # the gold query of a group is run once
 
 
 def _orders(query: str) -> bool:
@@ -43,31 +42,17 @@ def _orders(query: str) -> bool:
     return re.search(r"\border\s+by\b", query, re.IGNORECASE) is not None
 
 
-@lru_cache(maxsize=4096)
-def run_sql(database: str, query: str) -> Results | None:
-    """Rows of a query on an in-memory SQLite database made by the script `database`; None when it fails.
-
-    The query may only read, and fails after some ten million SQLite operations, 10,000 rows or a value of 1 MB.
-    """
-    connection = sqlite3.connect(":memory:")
-    try:
-        connection.executescript(database)
-        ticks = iter(range(_TICKS))
-        connection.set_progress_handler(lambda: next(ticks, None) is None, _STEPS)
-        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _BYTES)
-        connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in _READING else sqlite3.SQLITE_DENY)
-        rows = connection.execute(query).fetchmany(_ROWS + 1)
-        return None if len(rows) > _ROWS else Results(tuple(rows), _orders(query))
-    except (sqlite3.Error, sqlite3.Warning, ValueError):
-        return None
-    finally:
-        connection.close()
-
-
 @EXECUTORS.register("sql")
 def sql(program: str, row: Row) -> Results | None:
-    """The query on the row's `database`, a script of CREATE TABLE and INSERT."""
-    return run_sql(str(row.get("database") or ""), program.strip().rstrip(";"))
+    """The rows of a query on the row's `database` (a script), and on its `second_database` when it has one."""
+    query, found = program.strip().rstrip(";").strip(), list[tuple[Any, ...]]()
+    for i, script in enumerate((row.get("database") or "", row.get("second_database"))):
+        if script is not None:
+            rows = _rows(str(script), query)
+            if rows is None:
+                return None
+            found += [(i, *values) for values in rows]
+    return Results(tuple(found), _orders(query))
 
 
 _ARITHMETIC: dict[type, Callable[..., Any]] = {
@@ -109,6 +94,9 @@ def expression(program: str, row: Row) -> Results | None:
         return None
 
 
+_READS: dict[Executor, tuple[str, ...]] = {sql: ("database",)}
+
+
 def agreement(gold: Results, said: Results) -> float:
     """1 for the same rows (in the same order where the gold program orders them), else what they have in common over
     what either has: common rows, or the longest common subsequence."""
@@ -141,15 +129,15 @@ class Execution:
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns that the data must have."""
-        return (self.gold,)
+        return (self.gold, *_READS.get(self.run, ()))
 
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
         """One value in [0, 1] per completion."""
         values: list[float | None] = []
         for text, row in zip(map(text_of, completions), rows_of(prompts, columns), strict=True):
             right = None if row.get(self.gold) is None else self.run(str(row[self.gold]), row)
-            fenced = re.search(r"```\w*\n(.*?)```", text, re.DOTALL)
-            program = section(text, self.opening, self.closing) if self.opening or not fenced else fenced[1]
+            fenced = re.findall(r"```\w*\s*\n(.*?)```", text, re.DOTALL)
+            program = section(text, self.opening, self.closing) if self.opening or not fenced else fenced[-1]
             said = self.run(program, row) if program and right is not None else None
             values.append(None if right is None else 0.0 if said is None else agreement(right, said))
         return values

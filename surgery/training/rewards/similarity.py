@@ -58,7 +58,7 @@ def read_action(value: Any) -> dict[str, Any] | None:
         start = value.find("{")
         try:
             value = json.JSONDecoder().raw_decode(value, start)[0] if start >= 0 else None
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     value = value.get("action", value) if isinstance(value, Mapping) else None
     return dict(value) if isinstance(value, Mapping) and isinstance(value.get("type"), str) else None

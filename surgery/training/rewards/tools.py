@@ -33,7 +33,7 @@ def parse_calls(value: Any) -> Calls | None:
         try:
             whole = value.strip()
             value = json.loads(whole) if whole.startswith("[") else [json.loads(line) for line in whole.splitlines()]
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     calls = []
     for call in value if isinstance(value, list | tuple) else [value]:

@@ -1,0 +1,239 @@
+"""Rows to train on, from a task, a file, the hub or a list; and rows as batches of tokens.
+
+A recipe's `data` is one of these, or a list of them with shares:
+
+    data: {task: chain, terms: [4, 5, 6]}                      # generated without end from the run's seed
+    data: {file: problems.jsonl, prompt: "{question}", completion: "{solution}"}
+    data: {hub: openai/gsm8k, config: main, split: train, prompt: "{question}", completion: "{answer}"}
+    data: [{task: chain, share: 0.75}, {task: copy, share: 0.25}]
+
+Files are JSONL, JSON, CSV or Parquet. `prompt`, `completion`, `chosen`, `rejected` and `answer` may be templates over
+the columns; without them columns of these names are taken as they are. All other columns reach the reward functions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any, Protocol
+
+from surgery.errors import SurgeryError
+from surgery.registry import nearest
+from surgery.training.batch import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from surgery.tasks import Task
+
+Row = dict[str, Any]
+TEMPLATES = ("prompt", "completion", "chosen", "rejected", "rationale", "answer")
+
+
+class Rows(Protocol):
+    """A data set: `row(i)` is a pure function of i; `size` is how many there are (infinity for generated ones)."""
+
+    @property
+    def size(self) -> float:
+        """Number of rows."""
+
+    @property
+    def columns(self) -> set[str]:
+        """Names of the columns that every row has."""
+
+    def row(self, index: int) -> Row:
+        """One row, by index below `size`."""
+
+
+class ListRows:
+    """Rows in memory."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], name: str = "the data") -> None:
+        if not rows:
+            raise SurgeryError(f"{name} has no rows.")
+        self.rows = [dict(row) for row in rows]
+        self.size: float = len(self.rows)
+        self.columns = set.intersection(*(set(row) for row in self.rows))
+
+    def row(self, index: int) -> Row:
+        """A copy of row `index`."""
+        return dict(self.rows[index])
+
+
+class TaskRows:
+    """A task's examples without end; row i of seed s is always the same."""
+
+    size = math.inf
+
+    def __init__(self, task: Task, seed: int) -> None:
+        self.task, self.seed = task, seed
+        self.columns = set(self.row(0))
+
+    def row(self, index: int) -> Row:
+        """Example `index` of the stream."""
+        return self.task.row(self.seed, index)
+
+
+class MixedRows:
+    """Several data sets: each index belongs to one of them, drawn by share; inside, rows are taken in order."""
+
+    size = math.inf
+
+    def __init__(self, parts: Sequence[Rows], shares: Sequence[float], seed: int) -> None:
+        self.parts, self.shares, self.seed = list(parts), list(shares), seed
+        self.columns = set.intersection(*(set(part.columns) for part in parts))
+
+    def row(self, index: int) -> Row:
+        """Row `index`: which part, and which of its rows, follow from (seed, index)."""
+        rng = Random(f"{self.seed}/mix/{index}")
+        part = rng.choices(self.parts, self.shares)[0]
+        return part.row(index if part.size == math.inf else rng.randrange(int(part.size)))
+
+
+def rows_of(written: Any, seed: int = 0) -> Rows:
+    """The rows that a recipe's `data` names. Raises `SurgeryError` for unknown keys, files and columns."""
+    if hasattr(written, "row") and hasattr(written, "size"):
+        return written
+    if isinstance(written, str):
+        return rows_of({"file": written} if Path(written).suffix else {"task": written}, seed)
+    if isinstance(written, Mapping):
+        return _one(dict(written), seed)
+    if hasattr(written, "row") and hasattr(written, "make"):
+        return TaskRows(written, seed)
+    if not written:
+        raise SurgeryError("`data` is empty.", hint="data: {task: chain}")
+    if not any(isinstance(entry, Mapping) and ({"task", "file", "hub"} & set(entry)) for entry in written):
+        return ListRows(written)
+    entries = [{"task": e} if isinstance(e, str) else dict(e) for e in written]
+    shares = [float(entry.pop("share", 1.0)) for entry in entries]
+    return MixedRows([_one(entry, seed) for entry in entries], shares, seed)
+
+
+def _one(entry: Row, seed: int) -> Rows:
+    sources = {"task": _task_rows, "file": _file_rows, "hub": _hub_rows}
+    named = [key for key in sources if key in entry]
+    if len(named) != 1:
+        raise SurgeryError(
+            f"`data` names {' and '.join(named) or 'none'} of task, file and hub: expected one.",
+            hint=nearest(next(iter(entry), ""), sources),
+        )
+    return sources[named[0]](entry.pop(named[0]), entry, seed)
+
+
+def _task_rows(name: str, options: Row, seed: int) -> Rows:
+    from surgery.tasks import make_task
+
+    return TaskRows(make_task(name, **options), seed)
+
+
+def _file_rows(name: str, options: Row, seed: int) -> Rows:
+    path = Path(name)
+    if not path.is_file():
+        raise SurgeryError(f"There is no data file {path}.")
+    try:
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        elif path.suffix == ".json":
+            rows = json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix in (".csv", ".parquet"):
+            import pandas as pd
+
+            frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+            rows = frame.to_dict("records")
+        else:
+            raise SurgeryError(f"{path}: expected .jsonl, .json, .csv or .parquet.")
+    except ValueError as error:
+        raise SurgeryError(f"{path} can't be read: {error}.") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise SurgeryError(f"{path} is not a list of rows.")
+    return ListRows(_filled(rows, options, path.name), path.name)
+
+
+def _hub_rows(name: str, options: Row, seed: int) -> Rows:
+    config, split = options.pop("config", None), options.pop("split", "train")
+    try:
+        from datasets import load_dataset
+
+        found = load_dataset(name, config, split=split)
+    except ImportError:
+        raise SurgeryError("Data from the hub need the package `datasets`.", hint="pip install datasets") from None
+    except Exception as error:
+        raise SurgeryError(f"The data set '{name}' could not be loaded ({type(error).__name__}).") from error
+    return ListRows(_filled([dict(row) for row in found], options, name), name)
+
+
+def _filled(rows: list[Row], templates: Row, name: str) -> list[Row]:
+    """Columns made from templates: `prompt: "{Body} {Question}"`."""
+    for key in templates:
+        if key not in TEMPLATES:
+            raise SurgeryError(f"`data` has no key '{key}'.", hint=nearest(key, TEMPLATES))
+    for i, row in enumerate(rows):
+        try:
+            row |= {key: template.format(**row) for key, template in templates.items()}
+        except (KeyError, IndexError) as missing:
+            raise SurgeryError(
+                f"{name}, row {i}: the template needs column {missing}.", hint=f"Columns: {', '.join(sorted(row))}."
+            ) from None
+    return rows
+
+
+# ---- rows as tokens ------------------------------------------------------------------------------------------------
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, chat: bool = False) -> list[int]:
+    """The prompt's tokens: a list of messages (or any text, with `chat`) in the chat template, else with the
+    tokenizer's own first tokens. An end mark that the tokenizer adds is taken off."""
+    if chat or not isinstance(prompt, str):
+        if not getattr(tokenizer, "chat_template", None):
+            raise SurgeryError("This tokenizer has no chat template.", hint="Set chat: false, or give plain prompts.")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer(prompt)["input_ids"])
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The completion's tokens and the end mark. Tokenised apart from the prompt: the boundary stays where it is."""
+    if tokenizer.eos_token_id is None:
+        raise SurgeryError("The tokenizer has no end-of-sequence token: a completion could not be ended.")
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any token will do where nothing is attended to."""
+    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+
+
+def demonstrations(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, chat: bool = False, max_length: int = 0, **more: Any
+) -> Batch:
+    """Prompt and completion of each row; `weight` and `max_length` (tokens kept from the start) are optional.
+
+    An empty prompt is the beginning-of-sequence token, so that plain text can be learned whole.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    prompts = [prompt_ids(tokenizer, row["prompt"], chat) or [start] for row in rows]
+    found = [completion_ids(tokenizer, row["completion"]) for row in rows]
+    if max_length:
+        prompts = [p[: max_length - 1] for p in prompts]
+        found = [c[: max_length - len(p)] for p, c in zip(prompts, found, strict=True)]
+    batch = Batch.of(prompts, found, pad=pad_id(tokenizer), rows=rows, kind="demonstrations", **more)
+    if any("weight" in row for row in rows):
+        import torch
+
+        batch["weight"] = torch.tensor([float(row.get("weight", 1.0)) for row in rows])
+    return batch
+
+
+def pairs(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, chat: bool = False, max_length: int = 0, **more: Any
+) -> Batch:
+    """Chosen and rejected completion of each row, next to each other: groups of two."""
+    each = [{**row, "completion": row[side]} for row in rows for side in ("chosen", "rejected")]
+    batch = demonstrations(each, tokenizer, chat=chat, max_length=max_length, **more)
+    batch.kind, batch.group = "pairs", 2
+    return batch

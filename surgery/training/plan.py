@@ -1,0 +1,131 @@
+"""From a recipe to the parts of a run, every mistake refused before a model is loaded."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.errors import SurgeryError
+from surgery.registry import Registry, nearest
+from surgery.training import objectives
+from surgery.training.curriculum import CURRICULA, Curriculum
+from surgery.training.data import Rows, rows_of
+from surgery.training.objectives import Objective
+from surgery.training.recipe import Recipe
+from surgery.training.rewards import Rewards, build_rewards
+from surgery.training.sources import COLUMNS, SOURCES, Dataset, Source, Together
+
+HELD_OUT = 7_919
+"""Added to the seed for rows of the training task that training never sees."""
+
+
+@dataclass
+class Plan:
+    """The parts of a run."""
+
+    objective: Objective
+    source: Source
+    rows: dict[str, Rows]
+    """By kind; "main" is what `data` says."""
+    curricula: dict[str, Curriculum]
+    rewards: Rewards | None
+    evaluation: Rows | None
+
+
+def plan(recipe: Recipe) -> Plan:
+    """The parts that a recipe names. Raises `SurgeryError` for whatever could not work."""
+    objective = objectives.parse(recipe.objective)
+    kinds = objective.kind.split("+")
+    source = _source(recipe, kinds)
+    if recipe.data is None:
+        raise SurgeryError("The recipe has no data.", hint="data: {task: chain}")
+    rows = {"main": rows_of(recipe.data, recipe.seed)}
+    if recipe.demonstrations is not None:
+        rows["demonstrations"] = rows_of(recipe.demonstrations, recipe.seed + 1)
+    rewards = build_rewards(recipe.reward, folder=recipe.folder) if recipe.reward is not None else None
+    settings: dict[str, Any] = {
+        "group": recipe.rollouts.group,
+        "source": source,
+        "columns": rows["main"].columns,
+        "recipe": recipe,
+    }
+    objective.check(settings)
+    source.check(settings)
+    _check(recipe, kinds, source, rows, rewards)
+    curricula = {}
+    for kind, part in rows.items():
+        curricula[kind] = made(CURRICULA, recipe.curriculum if kind == "main" else "shuffled")
+        curricula[kind].start(part, recipe.seed)
+    evaluation = None
+    if recipe.evaluate.every:
+        evaluation = rows_of(recipe.evaluate.data or recipe.data, recipe.seed + HELD_OUT)
+    return Plan(objective, source, rows, curricula, rewards, evaluation)
+
+
+def made(registry: Registry[Any], written: Any) -> Any:
+    """What a recipe writes as `name` or `{name: {parameter: value}}`, or an object as it is."""
+    if not isinstance(written, str | Mapping):
+        return written
+    if isinstance(written, str):
+        written = {written: {}}
+    if len(written) != 1:
+        raise SurgeryError(f"One {registry.kind} is expected, found {', '.join(map(str, written)) or 'none'}.")
+    ((name, keys),) = written.items()
+    factory = registry.lookup(name)
+    known = inspect.signature(factory).parameters
+    for key in keys or {}:
+        if key not in known:
+            raise SurgeryError(f"The {registry.kind} '{name}' has no parameter '{key}'.", hint=nearest(key, known))
+    return factory(**(keys or {}))
+
+
+def _source(recipe: Recipe, kinds: list[str]) -> Source:
+    """The recipe's source, completed by plain ones for kinds that it does not give."""
+    parts: list[Source] = [] if recipe.source is None else [made(SOURCES, recipe.source)]
+    given = [kind for part in parts for kind in part.gives]
+    for kind in kinds:
+        if kind not in given:
+            parts.append(SOURCES["on_policy"]() if kind == "rollouts" else Dataset(kind))
+    unread = [kind for kind in given if kind not in kinds]
+    if unread:
+        raise SurgeryError(
+            f"The source gives {unread[0]}, and the objective reads {' and '.join(kinds)} only.",
+            hint="Add an objective that reads them, or choose another source.",
+        )
+    return parts[0] if len(parts) == 1 else Together(parts)
+
+
+def _check(recipe: Recipe, kinds: list[str], source: Source, rows: dict[str, Rows], rewards: Rewards | None) -> None:
+    parts = source.parts if isinstance(source, Together) else [source]
+    for part in parts:
+        kind = part.gives[0]
+        from_rows = rows.get(kind, rows["main"])
+        for column in part.columns():
+            if column not in from_rows.columns:
+                known = ", ".join(sorted(from_rows.columns))
+                raise SurgeryError(f"The data have no column '{column}', which {kind} need.", hint=f"Columns: {known}.")
+        need = recipe.rollouts.prompts if kind == "rollouts" else recipe.batch.rows
+        if from_rows.size < need and from_rows.size != math.inf:
+            raise SurgeryError(
+                f"The data have {int(from_rows.size)} rows, and one batch takes {need}.",
+                hint=f"Lower {'rollouts.prompts' if kind == 'rollouts' else 'batch.rows'}.",
+            )
+    if "rollouts" in kinds or any(getattr(part, "samples", False) for part in parts):
+        if rewards is None:
+            raise SurgeryError("The recipe draws rollouts and has no reward.", hint="reward: accuracy")
+        rewards.check_columns(rows["main"].columns)
+        if recipe.parallel == "fsdp2":
+            raise SurgeryError(
+                "Rollouts under FSDP2 would gather every layer at every token, in step on all processes.",
+                hint="Use parallel: ddp for objectives that sample; fsdp2 trains on demonstrations and pairs.",
+            )
+        if recipe.rollouts.prompts < recipe.batch.minibatches:
+            raise SurgeryError(
+                f"{recipe.rollouts.prompts} groups can't be cut into {recipe.batch.minibatches} minibatches."
+            )
+
+
+__all__ = ["COLUMNS", "Plan", "made", "plan"]

@@ -1,0 +1,290 @@
+"""The policy: log-probabilities of given completions under a model (or a sum of models), cheaply and exactly.
+
+Three things make a pass cheap. Only completion positions reach the head, and none that is padding. With a large
+vocabulary the head works on chunks whose logits are made again in the backward pass. And a group's prompt goes through
+the model once: its keys and values, with gradient, are shared by the completions. None of them changes the result
+beyond float rounding, nor does the width of the padding on either side.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.training.batch import Batch
+from surgery.training.decoding import CausalDecoder, Decoder, backbone_and_head
+
+LOGITS = 1 << 24
+"""Largest number of logits kept for the backward pass; beyond it they are computed in chunks, twice."""
+
+
+@dataclass
+class Scores:
+    """What a pass over a batch gives; every tensor is (rows, completion, ...) and 0 in padding."""
+
+    log_probs: Tensor
+    """log softmax(logits / temperature) of each completion token, float32."""
+    entropy: Tensor | None = None
+    """Entropy (nats) of the distribution each token was drawn from."""
+    hidden: Tensor | None = None
+    """The last hidden state that predicts each token."""
+    values: Tensor | None = None
+    """What the value head says at the positions that predict each token."""
+
+
+class Policy(nn.Module):
+    """A causal language model as the distribution of completions.
+
+    `backbones` are frozen models whose logits are added (UniR): then only `model` is trained, on the sum. `packing`
+    puts several rows into one sequence, each attending to itself alone. It is the module that DDP and FSDP2 wrap:
+    everything that computes with the parameters happens inside `forward`.
+    """
+
+    def __init__(
+        self, model: nn.Module, backbones: Sequence[nn.Module] = (), *, share_prompts: bool = True, packing: int = 0
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.backbones = nn.ModuleList(backbones).requires_grad_(False)
+        self.extras = nn.ModuleDict()
+        """More modules that an objective trains beside the model: a value head."""
+        self.share_prompts = share_prompts
+        self.packing = packing
+        self._split: dict[int, tuple[_Backbone, Callable[[Tensor], Tensor]]] = {}
+
+    @property
+    def members(self) -> list[nn.Module]:
+        """The models whose logits are summed, the trained one first."""
+        return [self.model, *self.backbones]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    def forward(self, batch: Batch, *, entropy: bool = False, hidden: bool = False, values: bool = False) -> Scores:
+        """Scores of every completion token. Gradients flow to log-probs, entropy, hidden states and values alike."""
+        with _gradients(any(p.requires_grad for p in self.model.parameters())):
+            states = [self._states(self.model, batch)]
+        for member in self.backbones:
+            with torch.no_grad():
+                states.append(self._states(member, batch))
+        heads = [self._parts(member)[1] for member in self.members]
+        there = batch.attended
+        targets = batch.completion_ids[there]
+        log_probs, spread = token_log_probs([s[there] for s in states], heads, targets, batch.temperature, entropy)
+
+        def padded(flat: Tensor | None) -> Tensor | None:
+            return None if flat is None else flat.new_zeros(there.shape).masked_scatter(there, flat)
+
+        value = self.extras["value"](states[0].float()).squeeze(-1) * there if values else None
+        found = padded(log_probs)
+        assert found is not None
+        return Scores(found, padded(spread), states[0] if hidden else None, value)
+
+    def decoder(self) -> Decoder:
+        """What generates from this policy, one token at a time."""
+        return CausalDecoder(self.model)
+
+    def snapshot(self) -> Policy:
+        """A frozen copy of this very object as it is now: the reference policy."""
+        parts = copy.deepcopy(self.model).requires_grad_(False), self.backbones
+        return Policy(*parts, share_prompts=self.share_prompts, packing=self.packing)
+
+    # ---- the pass
+
+    def _parts(self, member: nn.Module) -> tuple[_Backbone, Callable[[Tensor], Tensor]]:
+        """Hidden states from ids, and logits from hidden states; a model without that seam gives logits at once."""
+        if id(member) not in self._split:
+            found = backbone_and_head(member)
+            self._split[id(member)] = (_Backbone(found[0]), found[1]) if found else (_Backbone(member), nn.Identity())
+        return self._split[id(member)]
+
+    def _states(self, member: nn.Module, batch: Batch) -> Tensor:
+        """(rows, completion, d_model) the hidden states that predict the completion's tokens."""
+        read = batch.completion_ids if batch.inputs is None else batch.inputs
+        if batch.group > 1 and self.share_prompts and not _checkpointing(member) and _full_attention(member, batch):
+            return self._shared(member, batch, read)
+        if self.packing and self._parts(member)[0].positions and _full_attention(member, batch):
+            return self._packed(member, batch, read)
+        ids = torch.cat([batch.prompt_ids, read[:, :-1]], 1)
+        mask = torch.cat([batch.prompt_mask, batch.attended[:, :-1]], 1)
+        return self._parts(member)[0](ids, mask)[:, batch.prompt_ids.shape[1] - 1 :]
+
+    def _shared(self, member: nn.Module, batch: Batch, read: Tensor) -> Tensor:
+        """Each group's prompt once, its keys and values repeated: the same states and gradients to float rounding."""
+        from transformers import DynamicCache
+
+        backbone, group = self._parts(member)[0], batch.group
+        cache = DynamicCache()
+        prompt_mask = batch.prompt_mask[::group]
+        first = backbone(batch.prompt_ids[::group], prompt_mask, cache=cache)[:, -1:].repeat_interleave(group, 0)
+        if read.shape[1] == 1:
+            return first
+        cache.batch_repeat_interleave(group)
+        mask = torch.cat([batch.prompt_mask, batch.attended[:, :-1]], 1)
+        return torch.cat([first, backbone(read[:, :-1], mask, cache=cache)], 1)
+
+    def _packed(self, member: nn.Module, batch: Batch, read: Tensor) -> Tensor:
+        """Rows laid end to end in bins of `packing` tokens, each row seeing itself alone and counting from 0."""
+        there, prompt = batch.attended, batch.prompt_mask
+        rows = [torch.cat([batch.prompt_ids[i][prompt[i]], read[i][there[i]][:-1]]) for i in range(len(batch))]
+        bins = _bins([len(r) for r in rows], self.packing)
+        width = max(sum(len(rows[i]) for i in members) for members in bins)
+        ids = rows[0].new_zeros(len(bins), width)
+        place = rows[0].new_full((len(bins), width), -1)  # which row a position belongs to
+        count = rows[0].new_zeros(len(bins), width)
+        starts = {}
+        for b, members in enumerate(bins):
+            at = 0
+            for i in members:
+                end = at + len(rows[i])
+                ids[b, at:end], place[b, at:end] = rows[i], i
+                count[b, at:end] = torch.arange(len(rows[i]), device=ids.device)
+                starts[i], at = (b, at), end
+        own = (place[:, :, None] == place[:, None, :]) & (count[:, :, None] >= count[:, None, :])
+        own |= torch.eye(width, dtype=torch.bool, device=ids.device) & (place < 0)[:, :, None]
+        states = self._parts(member)[0](ids, own[:, None], positions=count)
+        out = states.new_zeros(*there.shape, states.shape[-1])
+        for i, (b, at) in starts.items():
+            first, length = at + int(prompt[i].sum()) - 1, int(batch.lengths[i])
+            out[i, :length] = states[b, first : first + length]
+        return out
+
+
+class _Backbone:
+    """Calls a decoder stack with what its family takes: a mask only where something is masked, explicit positions."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.positions = "position_ids" in inspect.signature(module.forward).parameters
+
+    def __call__(self, ids: Tensor, mask: Tensor, *, positions: Tensor | None = None, cache: Any = None) -> Tensor:
+        """(rows, pos, d_model) for `ids`; `mask` is (rows, pos with the cache), or (rows, 1, pos, pos) as it is."""
+        more: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
+        if mask.dim() == 4:
+            more["attention_mask"] = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill(
+                ~mask, -torch.inf
+            )
+        elif not mask.all():
+            more["attention_mask"] = mask.long()
+            positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if positions is not None and self.positions:
+            more["position_ids"] = positions
+        out = self.module(input_ids=ids, **more)
+        return out.last_hidden_state if hasattr(out, "last_hidden_state") else out.logits
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+
+def token_log_probs(
+    states: Sequence[Tensor],
+    heads: Sequence[Callable[[Tensor], Tensor]],
+    targets: Tensor,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities (tokens,) of `targets` under softmax(sum of head(state) / temperature), and their entropies.
+
+    `states` are (tokens, d_model), one for each head. Float32 whatever the storage.
+    """
+
+    def part(targets: Tensor, *states: Tensor) -> Tensor:
+        logits = heads[0](states[0]).float()
+        for head, state in zip(heads[1:], states[1:], strict=True):
+            logits = logits + head(state).float()
+        if temperature != 1.0:
+            logits = logits / temperature
+        if not entropy:
+            return -nn.functional.cross_entropy(logits, targets, reduction="none")[None]
+        log = logits.log_softmax(-1)
+        return torch.stack([log.gather(-1, targets[:, None])[:, 0], -(log.exp() * log).sum(-1)])
+
+    if not len(targets):
+        return (states[0].float().sum() * 0).expand(0), states[0].new_zeros(0).float() if entropy else None
+    with torch.no_grad():
+        vocabulary = heads[0](states[0][:1]).shape[-1]
+    rows = max(1, LOGITS // 4 // vocabulary)
+    if len(targets) * vocabulary <= LOGITS:
+        found = part(targets, *states)
+    elif not torch.is_grad_enabled():
+        cuts = range(0, len(targets), rows)
+        found = torch.cat([part(targets[i : i + rows], *(s[i : i + rows] for s in states)) for i in cuts], 1)
+    else:
+        from torch.utils.checkpoint import checkpoint
+
+        parts = [
+            checkpoint(part, targets[i : i + rows], *(s[i : i + rows] for s in states), use_reentrant=False)
+            for i in range(0, len(targets), rows)
+        ]
+        found = torch.cat(parts, 1)
+    return found[0], found[1] if entropy else None
+
+
+@contextmanager
+def without_dropout(module: nn.Module) -> Iterator[None]:
+    """Training mode with every dropout at 0; rates and modes are as before afterwards.
+
+    The same mode for old and new log-probabilities, yet gradient checkpointing, which needs training mode, works.
+    """
+    modes = [(m, m.training) for m in module.modules()]
+    rates: list[tuple[Any, str, float]] = []
+    for m in module.modules():
+        for name in ("p", "attention_dropout", "dropout", "attn_dropout", "hidden_dropout", "activation_dropout"):
+            rate = getattr(m, name, None)
+            if isinstance(rate, float) and rate > 0 and (name != "p" or isinstance(m, nn.modules.dropout._DropoutNd)):
+                rates.append((m, name, rate))
+                setattr(m, name, 0.0)
+    try:
+        module.train()
+        yield
+    finally:
+        for m, name, rate in rates:
+            setattr(m, name, rate)
+        for m, training in modes:
+            m.training = training
+
+
+@contextmanager
+def _gradients(wanted: bool) -> Iterator[None]:
+    with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
+        yield
+
+
+def _checkpointing(member: nn.Module) -> bool:
+    return member.training and checkpoints_activations(member) and torch.is_grad_enabled()
+
+
+def checkpoints_activations(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is on: whether any layer has the flag."""
+    return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
+
+
+def _full_attention(member: nn.Module, batch: Batch) -> bool:
+    """Whether no sliding window is narrower than the rows: a shared cache then holds all that a token may see."""
+    config: Any = getattr(member, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    window = getattr(config, "sliding_window", None)
+    return window is None or batch.prompt_ids.shape[1] + batch.completion_ids.shape[1] <= window
+
+
+def _bins(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """First-fit decreasing: indices of rows, by bin; a row longer than `size` has a bin of its own."""
+    bins: list[tuple[int, list[int]]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        for b, (used, members) in enumerate(bins):
+            if used + lengths[i] <= size:
+                bins[b] = (used + lengths[i], [*members, i])
+                break
+        else:
+            bins.append((lengths[i], [i]))
+    return [members for _, members in bins]
