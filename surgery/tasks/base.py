@@ -185,5 +185,5 @@ def draw(rng: Random, option: str, value: Size, least: int, most: int) -> int:
 
 def counted(n: int, noun: str) -> str:
     """ "1 carry" and "2 carries", "3 terms": the label of a category."""
-    plural = noun[:-1] + "ies" if noun.endswith("ry") else noun + "s"
+    plural = noun[:-1] + "ies" if noun.endswith(("ry", "ty")) else noun + "s"
     return f"{n} {noun if n == 1 else plural}"
