@@ -101,15 +101,13 @@ def found(registry: Registry[T], name: str) -> T:
 
 
 def check_parameters(who: str, function: Callable[..., Any], parameters: Mapping[str, Any]) -> None:
-    """Raises `SurgeryError` unless `function` takes these keyword parameters, of the types of its defaults
-    where these are annotated."""
+    """Raises `SurgeryError` unless `function` names these parameters and, where it annotates them, the values have the
+    types of its defaults."""
     known = inspect.signature(function).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
-        return
+    named = [p.name for p in known.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
     for name, value in parameters.items():
-        if name not in known:
-            valid = [*known, "weight"]
-            raise SurgeryError(f"{who} has no parameter '{name}'.", hint=nearest(name, valid))
+        if name not in named:  # not even with **kwargs, which would swallow a misspelt parameter
+            raise SurgeryError(f"{who} has no parameter '{name}'.", hint=nearest(name, [*named, "weight"]))
         if wrong := _wrong_type(known[name], value):
             raise SurgeryError(f"{who}: {name} must be {wrong}, not {value!r}.")
 

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -56,7 +57,8 @@ class Call:
         self.check({"prompt", *(k for k in arguments if k not in PROVIDED)})
         taken = self.parameters
         everything = any(p.kind is p.VAR_KEYWORD for p in taken.values())
-        chosen = {k: v for k, v in arguments.items() if everything or k in taken}
+        bound = self.reward.keywords if isinstance(self.reward, partial) else {}  # a column must not override them
+        chosen = {k: v for k, v in arguments.items() if (everything or k in taken) and k not in bound}
         try:
             values = self.reward(**chosen)
         except Exception as error:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from surgery.errors import SurgeryError
 from surgery.registry import Registry
 from surgery.tasks import marked_answer, numeric_answer, verify
+from surgery.tasks.word_problems import same_expression
 from surgery.training.rewards.base import REWARDS, Row, rows_of, text_of
 
 
@@ -57,31 +57,23 @@ def _numeric(text: str, row: Row, gold: str) -> bool | None:
     return None if right is None else said is not None and abs(said - right) <= 1e-6 * max(1.0, abs(right))
 
 
-def _parsed(text: str) -> list[Any]:
-    try:
-        from math_verify import parse
-    except ImportError:
-        raise SurgeryError("The verifier 'math' needs math-verify.", hint="pip install math-verify") from None
-    # its time limit is a signal, which only the main thread can set
-    seconds = 5 if threading.current_thread() is threading.main_thread() else None
-    return parse(text, parsing_timeout=seconds) or parse(f"${text}$", parsing_timeout=seconds)
-
-
 def _math(text: str, row: Row, gold: str) -> bool | None:
-    value = row.get(gold)
-    right = _parsed(str(value)) if value is not None else []
-    if not right:
-        return None
-    from math_verify import verify as equivalent
+    right = row.get(gold)
+    return None if right is None else same_expression(text, {"answer": right})
 
-    seconds = 5 if threading.current_thread() is threading.main_thread() else None
-    return bool(equivalent(right, _parsed(text), timeout_seconds=seconds))
+
+def _expression(text: str) -> Any:
+    from math_verify import parse
+
+    # its time limit is an alarm, which only the main thread may set
+    seconds: Any = 5 if threading.current_thread() is threading.main_thread() else None
+    return parse(text, parsing_timeout=seconds) or None
 
 
 VERIFIERS.register("task")(Verifier(_by_task, _task_answer, reads_gold=False))
 VERIFIERS.register("exact")(Verifier(_exact, exact_answer))
 VERIFIERS.register("numeric")(Verifier(_numeric, numeric_answer))
-VERIFIERS.register("math")(Verifier(_math, lambda text: _parsed(text) or None))
+VERIFIERS.register("math")(Verifier(_math, _expression))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,7 +131,7 @@ class SoftOverlong:
 class Repetition:
     """`max_penalty * (1 - different n-grams / all n-grams)`; 0 for a completion shorter than `n`.
 
-    Yeo et al. 2025 (arXiv:2502.03373), as in open-r1: n-grams of lower-case words.
+    Yeo et al. 2025 (arXiv:2502.03373). n-grams of lower-case words as in open-r1, or of tokens as in TRL.
     """
 
     n: int = 3
@@ -146,7 +146,8 @@ class Repetition:
 
     def _penalty(self, parts: Sequence[Any]) -> float:
         grams = [tuple(parts[i : i + self.n]) for i in range(len(parts) - self.n + 1)]
-        return self.max_penalty * (1 - len(set(grams)) / len(grams)) if grams else 0.0
+        repeated = len(grams) - len(set(grams))
+        return self.max_penalty * repeated / len(grams) if repeated else 0.0
 
     def __call__(self, completions: list[Any], completion_ids: Any = None, **_: Any) -> list[float | None]:
         """One value of at most 0 per completion."""

@@ -273,6 +273,8 @@ def test_rewards_from_the_users_file(tmp_path):
     assert bonus.score(ROWS, SAID, group=2).total == [1.5] * 4
     with pytest.raises(SurgeryError, match="no function 'polight'.*\n.*'polite'"):
         build_rewards("mine.py:polight", folder=tmp_path)
+    with pytest.raises(SurgeryError, match="no parameter 'treshold'"):  # though the function takes **kwargs
+        build_rewards({"mine.py:polite": {"treshold": 2}}, folder=tmp_path)
     with pytest.raises(SurgeryError, match="no parameter 'sise'"):
         build_rewards({"mine.py:Bonus": {"sise": 3.0}}, folder=tmp_path)
     (tmp_path / "broken.py").write_text("def f(:\n")
@@ -290,6 +292,17 @@ def test_a_function_of_a_module_keeps_its_declarations():
     bound = make_reward(reward, {"scale": 2.0})
     assert bound.group is True
     assert score(bound).total == [2.0] * 4
+    with_column = [{**row, "scale": 9.0} for row in ROWS]
+    assert score(bound, with_column).total == [2.0] * 4
+
+
+def test_only_annotated_parameters_have_a_type():
+    def reward(completions, loose=1, firm: int = 1, maybe: int | None = 1):
+        return [loose] * len(completions)
+
+    assert score(make_reward(reward, {"loose": 0.5, "maybe": None})).total == [0.5] * 4
+    with pytest.raises(SurgeryError, match="firm must be a whole number, not 0.5"):
+        make_reward(reward, {"firm": 0.5})
 
 
 def test_positional_only_rewards_are_refused():
@@ -337,6 +350,10 @@ def test_accuracy_by_math_verify():
     assert one(spec, "", answer="3") == 0
     assert one(spec, "3", answer="") is None
     assert one(spec, "3", answer=None) is None
+    assert one(spec, "it is 2", answer=r"2\pi") == 0  # the gold answer is read as a whole
+    assert one(spec, r"$2\pi$", answer=r"2\pi") == 1
+    assert one({"partial": {"verifier": "math"}}, "it is 2", answer=3) == 0.1
+    assert one({"partial": {"verifier": "math"}}, "", answer=3) == 0
 
 
 @pytest.mark.parametrize(
@@ -364,3 +381,34 @@ def test_partial_credit(text, verifier, value):
 def test_format_and_tag_count(text, full, tags):
     assert one("format", text) == full
     assert one("tag_count", text) == tags
+
+
+# ---- beside TRL ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.peers
+def test_trls_own_rewards_run_unchanged_and_agree():
+    trl = pytest.importorskip("trl.rewards")
+    chat = [{"role": "user", "content": "1+1="}]
+    think = "<think>one and one</think> so "
+    pairs = {
+        "overlong": trl.get_soft_overlong_punishment(max_completion_len=8, soft_punish_cache=4),
+        "soft_overlong": {"max_len": 8, "cache": 4},
+        "repeated": trl.get_repetition_penalty_reward(ngram_size=2, max_penalty=-0.5),
+        "repetition": {"n": 2, "max_penalty": -0.5, "unit": "tokens"},
+    }
+    for prompt in ("1+1=", chat):
+        rows = [{"prompt": prompt, "solution": "$2$", "answer": "2"}]
+        said = [Said("xxyxxyzxxyz"[:n]) for n in range(1, 12)]
+        found = build_rewards(pairs).score(rows, said, group=len(said)).components
+        assert found["overlong"] == pytest.approx(found["soft_overlong"])
+        assert found["repeated"] == pytest.approx(found["repetition"])
+    cosine = {"cosine_length": {"verifier": "math", "max_len": 100}, "theirs": trl.get_cosine_scaled_reward(100)}
+    said = [Said(text, [0] * n) for text in (r"\boxed{2}", r"\boxed{3}") for n in (1, 30, 100, 200)]
+    found = build_rewards(cosine).score(rows, said, group=8).components
+    assert found["theirs"] == pytest.approx(found["cosine_length"])
+    said = [Said(think + r"$\boxed{2}$"), Said(think + r"$\boxed{3}$"), Said("two")]
+    spec = {"accuracy": {"verifier": "math"}, "theirs": trl.accuracy_reward, "format": trl.think_format_reward}
+    found = build_rewards(spec).score(rows, said, group=3).components
+    assert found["theirs"] == found["accuracy"] == [1, 0, 0]
+    assert found["format"] == [1, 1, 0]
