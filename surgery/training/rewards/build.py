@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial, update_wrapper
@@ -22,6 +23,7 @@ from typing import Any
 from surgery.errors import SurgeryError
 from surgery.registry import Registry, T, nearest
 from surgery.training.rewards.base import REWARDS, Reward
+from surgery.training.rewards.call import signature_of
 from surgery.training.rewards.score import Rewards
 
 _FOLDER: ContextVar[Path] = ContextVar("folder of the recipe", default=Path())
@@ -64,8 +66,7 @@ def make_reward(name: str | Reward, parameters: Mapping[str, Any] | None = None)
     if ":" in name:
         return _bound(name, imported(name), parameters)
     factory = REWARDS.lookup(name)
-    check_parameters(f"Reward '{name}'", factory, parameters)
-    return factory(**parameters)
+    return _made(name, factory, parameters)
 
 
 def imported(path: str) -> Callable[..., Any]:
@@ -76,16 +77,19 @@ def imported(path: str) -> Callable[..., Any]:
             file = _FOLDER.get() / Path(where).expanduser()
             if not file.is_file():
                 raise SurgeryError(f"'{path}': there is no file {file}.")
-            module_spec = importlib.util.spec_from_file_location(file.stem, file)
+            module_name = f"rewards in {file.resolve()}"
+            module_spec = importlib.util.spec_from_file_location(module_name, file)
             assert module_spec is not None and module_spec.loader is not None
             module = importlib.util.module_from_spec(module_spec)
+            sys.modules[module_name] = module  # dataclasses of the file look their module up
             module_spec.loader.exec_module(module)
         else:
             module = importlib.import_module(where)
     except SurgeryError:
         raise
     except Exception as error:
-        raise SurgeryError(f"'{path}' could not be imported: {type(error).__name__}: {error}") from error
+        hint = "A file of yours is named with its ending: file.py:function." if isinstance(error, ImportError) else None
+        raise SurgeryError(f"'{path}' could not be imported: {type(error).__name__}: {error}", hint=hint) from error
     thing = getattr(module, attribute, None)
     if not callable(thing):
         names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
@@ -103,7 +107,7 @@ def found(registry: Registry[T], name: str) -> T:
 def check_parameters(who: str, function: Callable[..., Any], parameters: Mapping[str, Any]) -> None:
     """Raises `SurgeryError` unless `function` names these parameters and, where it annotates them, the values have the
     types of its defaults."""
-    known = inspect.signature(function).parameters
+    known = signature_of(who, function)
     named = [p.name for p in known.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
     for name, value in parameters.items():
         if name not in named:  # not even with **kwargs, which would swallow a misspelt parameter
@@ -161,11 +165,20 @@ def _parts(label: str, entry: Any) -> tuple[str | Reward, Any, dict[str, Any]]:
     raise SurgeryError(f"Reward '{label}' takes a weight or a table of parameters, not {entry!r}.")
 
 
+def _made(name: str, factory: Callable[..., Any], parameters: Mapping[str, Any]) -> Reward:
+    check_parameters(f"Reward '{name}'", factory, parameters)
+    try:
+        return factory(**parameters)
+    except SurgeryError:
+        raise
+    except Exception as error:
+        raise SurgeryError(f"Reward '{name}' could not be made: {type(error).__name__}: {error}") from error
+
+
 def _bound(name: str, thing: Callable[..., Any], parameters: Mapping[str, Any]) -> Reward:
-    check_parameters(f"Reward '{name}'", thing, parameters)
     if inspect.isclass(thing):
-        made: Any = thing(**parameters)
-        return made
+        return _made(name, thing, parameters)
+    check_parameters(f"Reward '{name}'", thing, parameters)
     if not parameters:
         return thing
     # keeps the attributes of the function (`group`, `columns`), which partial drops; not its unbound signature

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -19,6 +19,14 @@ def _shown(prompt: Any, completion: Any) -> str:
     return f"prompt {prompt[-60:]!r}, completion {completion[:120]!r}"
 
 
+def signature_of(who: str, function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a callable. Raises `SurgeryError` when Python can't tell them, as for some built-ins."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        raise SurgeryError(f"{who} doesn't tell its parameters.", hint="Wrap it in a function of your own.") from None
+
+
 @dataclass(frozen=True)
 class Call:
     """One reward function under its name, with the arguments it takes."""
@@ -29,7 +37,7 @@ class Call:
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
         """Parameters of the function, by name. Raises `SurgeryError` when it can't be called with keywords alone."""
-        found = inspect.signature(self.reward).parameters
+        found = signature_of(f"Reward '{self.name}'", self.reward)
         if bad := [p.name for p in found.values() if p.kind is p.POSITIONAL_ONLY]:
             raise SurgeryError(f"Reward '{self.name}' takes '{bad[0]}' by position only: arguments come by keyword.")
         return found

@@ -118,6 +118,14 @@ class Rewards:
         return total(self._components(arguments), self.weights)
 
     @property
+    def whole_batch(self) -> bool:
+        """Whether a value depends on other prompts of the batch or on earlier ones (a fit, running quantiles).
+
+        Processes that share a batch must then each score all of it, or what a row earns depends on their number.
+        """
+        return any(getattr(f, "whole_batch", hasattr(f, "state_dict")) for f in self.functions.values())
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Columns that any of the rewards needs."""
         return tuple(dict.fromkeys(column for needed in self.needs.values() for column in needed))

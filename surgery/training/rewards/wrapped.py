@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,6 +94,7 @@ class _Wrapper:
 
     of: Any = "accuracy"
     inner: Rewards = field(init=False, repr=False)
+    whole_batch: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.inner = build_rewards(self.of)

@@ -277,6 +277,15 @@ def test_rewards_from_the_users_file(tmp_path):
         build_rewards({"mine.py:polite": {"treshold": 2}}, folder=tmp_path)
     with pytest.raises(SurgeryError, match="no parameter 'sise'"):
         build_rewards({"mine.py:Bonus": {"sise": 3.0}}, folder=tmp_path)
+    (tmp_path / "record.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Record:\n    size: float\n"
+        "    def __call__(self, completions, **kwargs):\n        return [self.size] * len(completions)\n"
+    )
+    record = build_rewards({"record.py:Record": {"size": 2.0}}, folder=tmp_path)
+    assert record.score(ROWS, SAID, group=2).total == [2] * 4
+    with pytest.raises(SurgeryError, match="could not be made: TypeError: .*'size'"):
+        build_rewards("record.py:Record", folder=tmp_path)
     (tmp_path / "broken.py").write_text("def f(:\n")
     with pytest.raises(SurgeryError, match="SyntaxError"):
         build_rewards("broken.py:f", folder=tmp_path)
@@ -303,6 +312,17 @@ def test_only_annotated_parameters_have_a_type():
     assert score(make_reward(reward, {"loose": 0.5, "maybe": None})).total == [0.5] * 4
     with pytest.raises(SurgeryError, match="firm must be a whole number, not 0.5"):
         make_reward(reward, {"firm": 0.5})
+
+
+def test_a_callable_without_a_signature_is_refused():
+    with pytest.raises(SurgeryError, match="doesn't tell its parameters"):
+        build_rewards("builtins:max")
+
+
+def test_rewards_that_look_beyond_a_group_say_so():
+    assert not build_rewards(["accuracy", {"kimi_length": 1}]).whole_batch
+    assert build_rewards(["accuracy", {"residual": 1}]).whole_batch
+    assert build_rewards("quantile_rescale").whole_batch
 
 
 def test_positional_only_rewards_are_refused():
