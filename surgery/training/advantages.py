@@ -80,15 +80,20 @@ def plain(rewards: Tensor, group: int) -> Tensor:
 def generalised(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """GAE over tokens (Schulman et al. 2015, arXiv:1506.02438): (advantages, returns), each (rows, completion).
 
-    `rewards` and `values` (rows, completion) live on the positions that predict the tokens; after the last token of
-    `mask` the value is 0.
+    `rewards` and `values` (rows, completion) live on the positions that predict the tokens. Only those of `mask` count:
+    others (a given prefix, a tool's output, padding) are stepped over, and after the last one the value is 0.
     """
-    rewards, values = rewards * mask, values * mask
-    advantages, running = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    advantages, ahead, running = (
+        torch.zeros_like(values),
+        torch.zeros_like(values[:, 0]),
+        torch.zeros_like(values[:, 0]),
+    )
     for t in reversed(range(values.shape[1])):
-        ahead = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(running)
-        running = (rewards[:, t] + gamma * ahead - values[:, t] + gamma * lam * running) * mask[:, t]
-        advantages[:, t] = running
+        here = mask[:, t] > 0
+        error = rewards[:, t] + gamma * ahead - values[:, t]
+        running = torch.where(here, error + gamma * lam * running, running)
+        ahead = torch.where(here, values[:, t], ahead)
+        advantages[:, t] = running * here
     return advantages, (advantages + values) * mask
 
 

@@ -38,6 +38,8 @@ class Batch:
     """The longest completion that sampling allowed: a constant, whatever the rows' lengths."""
     inputs: Tensor | None = None
     """(rows, completion) tokens that the model reads in place of `completion_ids` (masked thought)."""
+    unseen: Tensor | None = None
+    """(rows, completion) True on input tokens that nothing may attend to; set for a pass, never kept."""
     columns: dict[str, Tensor] = field(default_factory=dict)
     """More about the rows: reward, advantage, old_log_probs, ref_log_probs, weight, ... first axis rows."""
     step: int = 0
@@ -125,6 +127,7 @@ class Batch:
             rows=[self.rows[i] for i in index.tolist()],
             group=self.group if whole else 1,
             inputs=None if self.inputs is None else cut(self.inputs),
+            unseen=None if self.unseen is None else cut(self.unseen),
             columns={name: cut(values) for name, values in self.columns.items()},
         )
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.errors import SurgeryError
 from surgery.training.batch import Batch
 from surgery.training.decoding import CausalDecoder, Decoder, backbone_and_head
 
@@ -30,7 +31,7 @@ class Scores:
     """What a pass over a batch gives; every tensor is (rows, completion, ...) and 0 in padding."""
 
     log_probs: Tensor
-    """log softmax(logits / temperature) of each completion token, float32."""
+    """log softmax(logits / temperature) of each completion token, float32 (float64 for a float64 model)."""
     entropy: Tensor | None = None
     """Entropy (nats) of the distribution each token was drawn from."""
     hidden: Tensor | None = None
@@ -84,7 +85,7 @@ class Policy(nn.Module):
         def padded(flat: Tensor | None) -> Tensor | None:
             return None if flat is None else flat.new_zeros(there.shape).masked_scatter(there, flat)
 
-        value = self.extras["value"](states[0].float()).squeeze(-1) * there if values else None
+        value = self.extras["value"](at_least_float32(states[0])).squeeze(-1) * there if values else None
         found = padded(log_probs)
         assert found is not None
         return Scores(found, padded(spread), states[0] if hidden else None, value)
@@ -110,6 +111,8 @@ class Policy(nn.Module):
     def _states(self, member: nn.Module, batch: Batch) -> Tensor:
         """(rows, completion, d_model) the hidden states that predict the completion's tokens."""
         read = batch.completion_ids if batch.inputs is None else batch.inputs
+        if batch.unseen is not None:
+            return self._partly_seen(member, batch, read, batch.unseen)
         if batch.group > 1 and self.share_prompts and not _checkpointing(member) and _full_attention(member, batch):
             return self._shared(member, batch, read)
         if self.packing and self._parts(member)[0].positions and _full_attention(member, batch):
@@ -131,6 +134,20 @@ class Policy(nn.Module):
         cache.batch_repeat_interleave(group)
         mask = torch.cat([batch.prompt_mask, batch.attended[:, :-1]], 1)
         return torch.cat([first, backbone(read[:, :-1], mask, cache=cache)], 1)
+
+    def _partly_seen(self, member: nn.Module, batch: Batch, read: Tensor, unseen: Tensor) -> Tensor:
+        """Every token at its place, yet nothing attends to those that are unseen, not even they themselves."""
+        backbone = self._parts(member)[0]
+        if not backbone.positions or not _full_attention(member, batch):
+            raise SurgeryError("Tokens can be left out of attention only in models with full attention and positions.")
+        ids = torch.cat([batch.prompt_ids, read[:, :-1]], 1)
+        there = torch.cat([batch.prompt_mask, batch.attended[:, :-1]], 1)
+        seen = torch.cat([batch.prompt_mask, (batch.attended & ~unseen)[:, :-1]], 1)
+        itself = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)
+        attention = seen[:, None, :] & torch.ones_like(itself).tril()
+        attention = attention | (~there[:, :, None] & itself)  # padding sees itself, so that no softmax is empty
+        positions = (there.long().cumsum(1) - 1).clamp(min=0)
+        return backbone(ids, attention[:, None], positions=positions)[:, batch.prompt_ids.shape[1] - 1 :]
 
     def _packed(self, member: nn.Module, batch: Batch, read: Tensor) -> Tensor:
         """Rows laid end to end in bins of `packing` tokens, each row seeing itself alone and counting from 0."""
@@ -195,13 +212,13 @@ def token_log_probs(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities (tokens,) of `targets` under softmax(sum of head(state) / temperature), and their entropies.
 
-    `states` are (tokens, d_model), one for each head. Float32 whatever the storage.
+    `states` are (tokens, d_model), one for each head. Float32 for narrower storage.
     """
 
     def part(targets: Tensor, *states: Tensor) -> Tensor:
-        logits = heads[0](states[0]).float()
+        logits = at_least_float32(heads[0](states[0]))
         for head, state in zip(heads[1:], states[1:], strict=True):
-            logits = logits + head(state).float()
+            logits = logits + at_least_float32(head(state))
         if temperature != 1.0:
             logits = logits / temperature
         if not entropy:
@@ -210,7 +227,8 @@ def token_log_probs(
         return torch.stack([log.gather(-1, targets[:, None])[:, 0], -(log.exp() * log).sum(-1)])
 
     if not len(targets):
-        return (states[0].float().sum() * 0).expand(0), states[0].new_zeros(0).float() if entropy else None
+        none = (at_least_float32(states[0]).sum() * 0).expand(0)
+        return none, none if entropy else None
     with torch.no_grad():
         vocabulary = heads[0](states[0][:1]).shape[-1]
     rows = max(1, LOGITS // 4 // vocabulary)
@@ -228,6 +246,11 @@ def token_log_probs(
         ]
         found = torch.cat(parts, 1)
     return found[0], found[1] if entropy else None
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision as float32; float32 and float64 as they are."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 @contextmanager

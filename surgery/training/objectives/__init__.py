@@ -3,7 +3,17 @@
 An objective is a frozen dataclass whose fields are its parameters, filed by `@register("name")`. It says which batches
 it reads (`kind`: rollouts, demonstrations or pairs), adds columns to a whole batch once (`prepare`), and gives the loss
 of a micro-batch from the policy's scores (`of_scores`), divided by counts of the *whole update*
-(`batch.total_rows`, `batch.total_tokens`), so that micro-batches and processes add up exactly. A new one:
+(`batch.total_rows`, `batch.total_tokens`), so that micro-batches and processes add up exactly.
+
+| file | reads | objectives |
+|---|---|---|
+| sft.py | demonstrations | sft |
+| masked_thought.py | demonstrations | masked_thought |
+| preference.py | pairs | dpo (with rationales too), orpo |
+| policy_gradient.py | rollouts | grpo, bnpo, dapo, dr_grpo, gspo, rloo, reinforce_pp |
+| ppo.py | rollouts | ppo: GAE and a value head (ReFT) |
+
+A new one:
 
     @register("clipless")
     @dataclass(frozen=True)
@@ -37,6 +47,7 @@ are (rows,) or (rows, completion). Ask for entropies, hidden states or values wi
 
 from surgery.training.objectives.aggregate import constant, micro_batch_mean, row_sums, sequence_mean, token_mean
 from surgery.training.objectives.base import OBJECTIVES, Loss, Objective, Sum, name_of, parse, register
+from surgery.training.objectives.masked_thought import MaskedThought
 from surgery.training.objectives.policy_gradient import (
     BNPO,
     DAPO,
@@ -47,10 +58,12 @@ from surgery.training.objectives.policy_gradient import (
     PolicyGradient,
     ReinforcePP,
 )
+from surgery.training.objectives.ppo import PPO
+from surgery.training.objectives.preference import DPO, ORPO
 from surgery.training.objectives.sft import SFT
 
 __all__ = [
-    "BNPO", "DAPO", "GRPO", "GSPO", "OBJECTIVES", "RLOO", "SFT", "DrGRPO", "Loss", "Objective", "PolicyGradient",
-    "ReinforcePP", "Sum", "constant", "micro_batch_mean", "name_of", "parse", "register", "row_sums", "sequence_mean",
-    "token_mean",
+    "BNPO", "DAPO", "DPO", "GRPO", "GSPO", "OBJECTIVES", "ORPO", "PPO", "RLOO", "SFT", "DrGRPO", "Loss",
+    "MaskedThought", "Objective", "PolicyGradient", "ReinforcePP", "Sum", "constant", "micro_batch_mean", "name_of",
+    "parse", "register", "row_sums", "sequence_mean", "token_mean",
 ]  # fmt: skip

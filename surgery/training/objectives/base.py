@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -158,13 +158,15 @@ class _Once:
     """A policy whose plain pass over one batch is made once and shared."""
 
     def __init__(self, policy: Callable[..., Scores], asks: Mapping[str, bool]) -> None:
-        self._policy, self._asks = policy, asks
+        self._policy, self._asks = policy, dict(asks)
         self._batch: Batch | None = None
         self._scores: Scores | None = None
 
     def __call__(self, batch: Batch, **asks: bool) -> Scores:
-        if self._scores is None or batch is not self._batch:
-            self._batch, self._scores = batch, self._policy(batch, **{**asks, **self._asks})
+        missing = any(wanted and not self._asks.get(name) for name, wanted in asks.items())
+        if self._scores is None or batch is not self._batch or missing:
+            self._asks = {**self._asks, **asks}
+            self._batch, self._scores = batch, self._policy(batch, **self._asks)
         return self._scores
 
     def __getattr__(self, name: str) -> Any:
@@ -217,4 +219,18 @@ def parse(written: Any) -> Objective:
     for key in keys or {}:
         if key not in known:
             raise SurgeryError(f"Objective '{name}' has no parameter '{key}'.", hint=nearest(key, known))
-    return kind(**{key: schedules.parse(v) for key, v in (keys or {}).items()})
+    return kind(**{key: _fitting(kind, name, key, value) for key, value in (keys or {}).items()})
+
+
+def _fitting(kind: type[Objective], name: str, key: str, value: Any) -> Any:
+    """A parameter as its annotation wants it (YAML reads 3e-4 as a text); a schedule where it says `Number`."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    wanted = get_type_hints(kind)[key]
+    if isinstance(value, Mapping) and wanted == Number:
+        value = schedules.parse(value)
+    try:
+        return TypeAdapter(wanted, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        raise SurgeryError(f"Objective '{name}': `{key}` is {value!r}.", hint=f"{problem}.") from None

@@ -8,6 +8,7 @@ is not; look at `grad_norm`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -65,9 +66,17 @@ class PolicyGradient(Objective):
             )
 
     def prepare(self, batch: Batch, context: Context) -> None:
-        """Advantages from rewards (unless the source gave them), and the reference's log-probabilities if wanted."""
-        if "advantage" not in batch:
-            batch["advantage"] = ADVANTAGES.lookup(self.advantage)(batch["reward"], batch.group)
+        """Advantages from rewards (unless the source gave them), and the reference's log-probabilities if wanted.
+
+        They stand in a column of their name, so that the parts of a sum may differ in them; `advantage` is the source's
+        or the first part's.
+        """
+        given = "advantage" in batch and not any(name.startswith("advantage/") for name in batch.columns)
+        if not given:
+            found = batch[f"advantage/{self.advantage}"] = ADVANTAGES.lookup(self.advantage)(
+                batch["reward"], batch.group
+            )
+            batch.columns.setdefault("advantage", found)
         if self.truncated == "mask" and "truncated" in batch:
             batch.mask = batch.mask * ~batch["truncated"].bool()[:, None]
         if self.uses_reference:
@@ -76,7 +85,9 @@ class PolicyGradient(Objective):
     def of_scores(self, scores: Scores, batch: Batch) -> Loss:
         """The clipped surrogate plus KL, aggregated."""
         logp, mask = scores.log_probs, batch.mask
-        advantage = batch["advantage"] if batch["advantage"].dim() == 2 else batch["advantage"][:, None]
+        own = f"advantage/{self.advantage}"
+        advantage = batch[own if own in batch else "advantage"]
+        advantage = advantage if advantage.dim() == 2 else advantage[:, None]
         log_ratio = logp - (batch["old_log_probs"] if "old_log_probs" in batch else logp.detach())
         if self.ratio == "sequence":
             log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1).clamp(min=1.0))[:, None]
@@ -93,6 +104,7 @@ class PolicyGradient(Objective):
             metrics["kl"] = ((kl.detach() * mask).sum(), count)
         if scores.entropy is not None and self.entropy != 0.0:
             losses = losses - self.at(self.entropy, batch) * scores.entropy
+            metrics["policy_entropy"] = ((scores.entropy.detach() * mask).sum(), count)
         return Loss(self.aggregate(losses, batch), metrics)
 
     def surrogate(self, ratio: Tensor, advantage: Tensor) -> Tensor:
@@ -174,14 +186,12 @@ class GSPO(PolicyGradient):
 class RLOO(PolicyGradient):
     """REINFORCE with the mean of the group's others as baseline (Ahmadian et al. 2024, arXiv:2402.14740): no clip.
 
-    A row's log-probability is the sum over its tokens, as in the paper.
+    A row's log-probability is the sum over its tokens, as in the paper; with infinite clips the surrogate is -rho A.
     """
 
     advantage: str = "leave_one_out"
-
-    def surrogate(self, ratio: Tensor, advantage: Tensor) -> Tensor:
-        """-rho A, whose gradient at rho = 1 is -A grad log pi."""
-        return -ratio * advantage
+    clip_low: float = math.inf
+    clip_high: float = math.inf
 
     def aggregate(self, losses: Tensor, batch: Batch) -> Tensor:
         """Sum over tokens / rows."""
