@@ -180,6 +180,8 @@ class CausalDecoder:
         self._takes_positions = "position_ids" in accepted
         self._more: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self.room = room
+        self._wide = False
+        self._wide = self._takes_wide_masks()
 
     def prefill(
         self, ids: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"]
@@ -204,10 +206,29 @@ class CausalDecoder:
     def _run(self, ids: Tensor, positions: Tensor, state: CausalState) -> Tensor:
         more: dict[str, Any] = {"position_ids": positions} if self._takes_positions else {}
         mask = None if state.mask is None else state.mask[:, : state.length]
+        if self._wide and mask is not None and ids.shape[1] == 1:
+            mask = mask[:, None, None]
         out: Any = self._backbone(
             input_ids=ids, attention_mask=mask, past_key_values=state.cache, use_cache=True, **more, **self._more
         )
         return out.logits[:, -1] if self._head is None else self._head(out.last_hidden_state[:, -1])
+
+    def _takes_wide_masks(self) -> bool:
+        """Whether one token's mask may be (row, 1, 1, key), which need not be built anew each step: tried out."""
+        sliding = any(type(layer) is not roomy_layer() for layer in _cache(self._config).layers)
+        if sliding or self._config._attn_implementation != "sdpa":
+            return False
+        device = next(self.models[0].parameters()).device
+        ids = torch.tensor([[0, 1, 2], [1, 2, 3]], device=device) % self._config.vocab_size
+        logits = []
+        with undisturbed(*self.models):
+            for self._wide in (False, True):
+                try:
+                    logits.append(self.step(ids[:, 0], self.prefill(ids, ids > 0)[1])[0])
+                except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+                    return False
+        usual, wide = logits
+        return bool((usual - wide).abs().max() <= 1e-3 * usual.abs().max())
 
 
 def _cache(config: Any, room: int = ROOM) -> Any:

@@ -63,9 +63,17 @@ def test_greedy_decoding_is_that_of_generate(family, padded):
     ids, mask = (IDS * MASK, MASK) if padded else (IDS, torch.ones_like(IDS))
     expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=14, pad_token_id=0)[:, 9:]
     decoder = CausalDecoder(model, room=3)  # less than what comes: the cache grows several times
-    assert decoder._head is not None, "the fast path"
+    assert decoder._head is not None, "the stack is called, and the head on the last position alone"
+    assert decoder._wide == (family not in ("mistral", "gemma2", "gemma3_text", "bloom"))
     assert torch.equal(greedy(decoder, ids, mask, 14), expected)
     assert torch.equal(greedy(decoder, ids, mask, 14, drop=torch.tensor([2, 0])), expected[[2, 0]])
+
+
+def test_eager_attention_and_biased_positions():
+    for model in (tiny("llama", attn_implementation="eager"), tiny("falcon", alibi=True)):
+        expected = model.generate(IDS * MASK, attention_mask=MASK, do_sample=False, max_new_tokens=8, pad_token_id=0)
+        decoder = CausalDecoder(model)
+        assert not decoder._wide and torch.equal(greedy(decoder, IDS * MASK, MASK, 8), expected[:, 9:])
 
 
 def test_without_a_seam_the_whole_model_is_called(monkeypatch):

@@ -77,6 +77,8 @@ def test_greedy_completions_are_those_of_generate(ending, tokenizer):
         for rollout in rollouts[2 * i : 2 * i + 2]:
             assert rollout.completion_ids == alone and rollout.prompt_ids == prompt
             assert rollout.truncated == (alone[-1] not in ends)
+            told = alone if rollout.truncated else alone[:-1]  # the end token is no text, whatever else it is
+            assert rollout.text == tokenizer.decode(told, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
@@ -110,6 +112,15 @@ def test_a_prompt_is_read_once_for_its_group_and_for_its_copies(model, tokenizer
     calls = counted(generator)
     generator(PROMPTS, 6, SEEDS)
     assert calls == {"prefill": [3], "step": [24] * 3}
+
+
+def test_prompts_of_similar_length_are_read_together(model, tokenizer):
+    generator = LocalGenerator(model, tokenizer, Sampling(1, batch_size=2))
+    shapes, inner = [], generator.decoder.prefill
+    generator.decoder.prefill = lambda ids, mask: shapes.append(tuple(ids.shape)) or inner(ids, mask)
+    prompts = [[5], [6] * 20, [7] * 2, [8] * 19]
+    assert [r.prompt_ids for r in generator(prompts, 1, SEEDS)] == prompts
+    assert shapes == [(2, 20), (2, 2)]
 
 
 def test_a_group_larger_than_the_batch_is_read_once_too(model, tokenizer):
