@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -73,7 +74,7 @@ class Trainer:
         self.recipe, self.model, self.tokenizer = recipe, model, tokenizer
         self.parts = parts or plan(recipe)
         self.out = None if out is None else Path(out)
-        self.world = distributed.start(recipe.parallel, recipe.precision, recipe.trackers, self.out)
+        self.world = distributed.start(recipe.parallel, recipe.trackers, self.out)
         model.to(self.world.device)
         self.policy = Policy(
             model, backbones or (), share_prompts=recipe.batch.share_prompts, packing=recipe.batch.packing
@@ -82,10 +83,11 @@ class Trainer:
         torch.manual_seed(recipe.seed)  # modules beside the model begin the same everywhere
         self.policy.extras.update(objective.modules(self.policy))
         self.policy.to(self.world.device)
+        distributed.alike(self.policy, self.world)
         self.reference = self.policy.snapshot() if objective.uses_reference else None
         self.initial = copy.deepcopy(model.state_dict()) if getattr(source, "restarts", False) else None
         self.masks = dict(masks or {})
-        self.wrapped = distributed.wrapped(self.policy, recipe.parallel, self.world)
+        self.sharded = recipe.parallel == "fsdp2" and self.world.size > 1
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         samples = "rollouts" in source.gives or getattr(source, "samples", False)
         sampling = Sampling(**recipe.rollouts.model_dump(exclude={"prompts", "group"}))
@@ -116,6 +118,8 @@ class Trainer:
                 checkpoints.load(self)
             elif self.out is not None:
                 checkpoints.begin(self)
+            if not self.step and (before := self._evaluated()):  # how good it was, to compare with
+                self._told(before)
             while self.step < self.recipe.steps:
                 began = time.perf_counter()
                 piece = self._next()
@@ -124,15 +128,18 @@ class Trainer:
                 self.context.step = self.step
                 last |= self._evaluated()
                 last["seconds"] = time.perf_counter() - began
-                self.log.step(self.step, last)
-                if self.on_step:
-                    self.on_step(self.step, last)
+                self._told(last)
                 every = self.recipe.checkpoint.every
                 if self.out is not None and every and self.step % every == 0 and self.step < self.recipe.steps:
                     checkpoints.save(self)
             if self.out is not None:
                 checkpoints.finish(self)
         return last
+
+    def _told(self, metrics: dict[str, float]) -> None:
+        self.log.step(self.step, metrics)
+        if self.on_step:
+            self.on_step(self.step, metrics)
 
     def _next(self) -> Piece:
         """The next piece, drawing when nothing is left."""
@@ -180,19 +187,21 @@ class Trainer:
         began = time.perf_counter()
         micros = [m for kind, batch in update.batches.items() for m in self._micro_batches(kind, batch, piece)]
         sums, values = self._backward(micros)
-        for name, p in self.policy.model.named_parameters():
-            if name in self.masks and p.grad is not None:
-                p.grad *= self.masks[name].to(p.grad.dtype)
+        totals = self.world.summed(sums)
+        for name, mask in self.masks.items():
+            gradient = self.policy.model.get_parameter(name).grad
+            if gradient is not None:
+                gradient *= mask.to(gradient)
         optimizer = self._optimizer(update.optimizer)
         norm = distributed.norm([p for g in optimizer.param_groups for p in g["params"]], self.recipe.optimizer.clip)
-        finite = norm == norm and abs(norm) != float("inf")
+        finite = math.isfinite(norm) and math.isfinite(totals["loss"][0])
         if finite:
             self._step(optimizer)
         elif self.recipe.nonfinite == "raise":
             optimizer.zero_grad(set_to_none=True)
-            raise _not_finite(self.step + 1, micros, values, norm)
+            raise self._not_finite(micros, values, norm)
         optimizer.zero_grad(set_to_none=True)
-        found = {name: total / max(count, 1e-12) for name, (total, count) in self.world.summed(sums).items()}
+        found = {name: total / max(count, 1e-12) for name, (total, count) in totals.items()}
         found |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "skipped": float(not finite)}
         found |= self.context.noted
         self.context.seconds["update"] = time.perf_counter() - began
@@ -219,20 +228,23 @@ class Trainer:
         """Gradients of all micro-batches, summed; metrics as (sum, count), and each micro-batch's loss."""
         sums: dict[str, tuple[float, float]] = {"loss": (0.0, 1.0 / self.world.size)}
         values = []
-        if self.recipe.parallel == "fsdp2":  # every pass is a collective: all processes make the same number
+        scale = self.world.size if self.sharded else 1  # FSDP2 takes the mean over processes
+        if self.sharded:  # every pass is a collective: all processes make the same number
             rounds = max(self.world.gather(len(micros)))
             idle = replace(micros[0], columns={**micros[0].columns, "idle": torch.ones(len(micros[0]))})
             micros = micros + [idle] * (rounds - len(micros))
-        for i, micro in enumerate(micros):
-            with distributed.without_sync(self.wrapped, i + 1 < len(micros)), self._autocast():
-                loss: Loss = self.parts.objective.loss(self.wrapped, micro.to(self.world.device))
+        for micro in micros:
+            with self._autocast():
+                loss: Loss = self.parts.objective.loss(self.policy, micro.to(self.world.device))
                 value = loss.value * 0.0 if "idle" in micro else loss.value
-                (value * self.world.size).backward()
+            (value * scale).backward()
             values.append(float(value.detach()))
             sums["loss"] = (sums["loss"][0] + values[-1], sums["loss"][1])
             for name, (total, count) in ({} if "idle" in micro else loss.metrics).items():
                 before = sums.get(name, (0.0, 0.0))
                 sums[name] = (before[0] + float(total), before[1] + float(count))
+        if not self.sharded:
+            distributed.add_gradients(self.policy.parameters(), self.world)
         return sums, values
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -242,12 +254,12 @@ class Trainer:
         )
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * factor
-        parameters = dict(self.policy.model.named_parameters())
-        before = {name: parameters[name].detach().clone() for name in self.masks}
+        masked = [(self.policy.model.get_parameter(name), mask) for name, mask in self.masks.items()]
+        before = [parameter.detach().clone() for parameter, _ in masked]
         optimizer.step()
         with torch.no_grad():
-            for name, mask in self.masks.items():
-                parameters[name].copy_(torch.where(mask.to(parameters[name].device), parameters[name], before[name]))
+            for (parameter, mask), value in zip(masked, before, strict=True):
+                parameter.copy_(torch.where(mask.to(parameter.device), parameter, value))
 
     def _optimizer(self, name: str) -> torch.optim.Optimizer:
         """AdamW with moments of its own for each name; matrices decay, vectors do not."""
@@ -273,7 +285,7 @@ class Trainer:
     def _prepared(self) -> Iterator[None]:
         """Modes, flags and trainable parameters as the recipe wants them; afterwards as they were."""
         model = self.policy.model
-        flags = [(p, p.requires_grad) for p in model.parameters()]
+        flags = {name: p.requires_grad for name, p in model.named_parameters()}
         modes = [(m, m.training) for m in model.modules()]
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         checkpointed = checkpoints_activations(model)
@@ -287,12 +299,15 @@ class Trainer:
                     self.policy.train()
                 else:
                     stack.enter_context(without_dropout(self.policy))
+                for policy in (self.policy, self.reference) if self.sharded else ():
+                    if policy is not None:
+                        distributed.shard(policy, self.world, half=self.recipe.precision == "bfloat16")
                 yield
             finally:
                 if self.recipe.gradient_checkpointing and not checkpointed:
                     model.gradient_checkpointing_disable()  # type: ignore[operator]
-                for p, wanted in flags:
-                    p.requires_grad_(wanted)
+                for name, p in model.named_parameters():
+                    p.requires_grad_(flags[name])
                     p.grad = None
                 stack.close()
                 for m, training in modes:
@@ -313,21 +328,26 @@ class Trainer:
             raise SurgeryError("No parameter of the model may move.", hint="Look at `trainable` and `frozen`.")
 
     def _autocast(self) -> Any:
-        return self.world.accelerator.autocast()
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
 
-
-def _not_finite(step: int, micros: list[Batch], values: list[float], norm: float) -> SurgeryError:
-    """Which rows made the loss infinite or NaN."""
-    bad = [m for m, v in zip(micros, values, strict=False) if v != v or abs(v) == float("inf")]
-    if not bad:
+    def _not_finite(self, micros: list[Batch], values: list[float], norm: float) -> SurgeryError:
+        """Which rows made the loss infinite or NaN: those of one process are told by all."""
+        bad = [_rows_told(m) for m, v in zip(micros, values, strict=False) if not math.isfinite(v)]
+        told = next((part[0] for part in self.world.gather(bad) if part), None)
+        if told is None:
+            return SurgeryError(
+                f"Step {self.step + 1}: the gradient is not finite (norm {norm}), though the losses are.",
+                hint="Lower the learning rate, or set nonfinite: skip.",
+            )
         return SurgeryError(
-            f"Step {step}: the gradient is not finite (norm {norm}), though the losses are.",
-            hint="Lower the learning rate, or set nonfinite: skip.",
+            f"Step {self.step + 1}: the loss is not finite in a micro-batch of {told}.",
+            hint="Smaller batch.micro_batch narrows it down; nonfinite: skip goes on without such steps.",
         )
-    row = bad[0].rows[0]
-    text = str(row.get("completion_text", row.get("completion", "")))[:80]
-    return SurgeryError(
-        f"Step {step}: the loss is not finite in a micro-batch of {len(bad[0])} rows, the first with prompt "
-        f"{str(row.get('prompt'))[:80]!r} and completion {text!r}.",
-        hint="Smaller batch.micro_batch narrows it down; nonfinite: skip goes on without such steps.",
-    )
+
+
+def _rows_told(batch: Batch) -> str:
+    """The rows of a micro-batch, so that a reader can find them."""
+    row = batch.rows[0]
+    text = str(row.get("completion_text", row.get("completion", row.get("chosen", ""))))[:80]
+    rows = f"{len(batch)} row{'s' * (len(batch) > 1)}"
+    return f"{rows}, the first with prompt {str(row.get('prompt'))[:80]!r} and completion {text!r}"

@@ -193,5 +193,5 @@ def as_words(recipe: Recipe) -> dict[str, Any]:
     import json
 
     return json.loads(
-        json.dumps(recipe.model_dump(), default=lambda thing: getattr(thing, "name_or_path", repr(thing)))
+        json.dumps(recipe.model_dump(), default=lambda thing: getattr(thing, "name_or_path", None) or str(thing))
     )

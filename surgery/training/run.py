@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,12 @@ from surgery.training.recipe import Recipe, make
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from surgery.training.plan import Plan
+
+OnStep = Callable[[int, dict[str, float]], None]
 
 
 @dataclass
@@ -22,7 +27,7 @@ class Run:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     metrics: list[dict[str, float]]
-    """One dictionary a step."""
+    """One dictionary a step; before them that of step 0, where the untrained model was evaluated."""
     out: Path | None = None
     """The folder, when there is one."""
 
@@ -31,11 +36,24 @@ class Run:
         """Metrics of the last step."""
         return self.metrics[-1]
 
+    @property
+    def evaluations(self) -> list[dict[str, float]]:
+        """The steps with an evaluation, each with its `step`, accuracy, nll, ...; the first is before training."""
+        named = [{k.removeprefix("eval/"): v for k, v in m.items() if k == "step" or k.startswith("eval/")}
+                 for m in self.metrics]  # fmt: skip
+        return [each for each in named if len(each) > 1]
+
     def to_dataframe(self) -> pd.DataFrame:
         """One row a step."""
         import pandas as pd
 
         return pd.DataFrame(self.metrics)
+
+    def plot(self) -> Figure:
+        """The curves of the run."""
+        from surgery.training.curves import curves
+
+        return curves(self.metrics)
 
 
 def train(
@@ -47,16 +65,22 @@ def train(
     resume: bool = False,
     masks: Any = None,
     generator: Any = None,
-    on_step: Any = None,
+    on_step: OnStep | None = None,
+    parts: Plan | None = None,
     **words: Any,
 ) -> Run:
     """Trains `model` (a folder, a name of the zoo or hub, or an object, in place) by a recipe or by its words.
 
     `train("tiny-base", objective=0.7 * GRPO() + 0.3 * SFT(), data="chain", reward="accuracy", steps=20)`. A model in
-    memory comes with its tokenizer. With `out`, that folder gets the result, the logs and the checkpoints that `resume`
-    starts from. Raises `SurgeryError` in a sentence for whatever is wrong, before a model is loaded where possible.
+    memory comes with its tokenizer. With `out`, that folder gets the result, the logs, curves.png and the checkpoints
+    that `resume` starts from. `on_step(step, metrics)` is called after each step (a `Panel` shows them live); a
+    KeyboardInterrupt that it raises ends the run with a checkpoint of that step. `parts` is the recipe's plan, where
+    that is made already. Raises `SurgeryError` in a sentence for whatever is wrong, before a model is loaded where
+    possible.
     """
+    from surgery.training import checkpoints
     from surgery.training.engine import Trainer
+    from surgery.training.log import check_trackers, read_metrics
     from surgery.training.plan import plan
 
     if recipe is None:
@@ -68,7 +92,11 @@ def train(
     if recipe.model is None and model is None:
         raise SurgeryError("No model to train.", hint="model: tiny-base")
     out = out or recipe.output
-    parts = plan(recipe)
+    folder = None if out is None else Path(out)
+    parts = parts or plan(recipe)
+    check_trackers(recipe.trackers, folder)
+    if folder is not None:
+        check_folder(folder, resume)
     if model is None or isinstance(model, str | Path):
         model, loaded = open_model(recipe.model)
         tokenizer = tokenizer or loaded
@@ -80,18 +108,34 @@ def train(
 
     def note(step: int, found: dict[str, float]) -> None:
         metrics.append({"step": step, **found})
-        if on_step:
-            on_step(step, found)
+        try:
+            if on_step:
+                on_step(step, found)
+        except KeyboardInterrupt:  # between two steps, where all is whole
+            if folder is not None:
+                checkpoints.save(trainer)
+            raise
 
     trainer = Trainer(
-        recipe, model, tokenizer, out=out, backbones=backbones, masks=masks, generator=generator, parts=parts,
+        recipe, model, tokenizer, out=folder, backbones=backbones, masks=masks, generator=generator, parts=parts,
         on_step=note,
     )  # fmt: skip
     trainer.run(resume=resume)
-    if out is not None and (Path(out) / "metrics.jsonl").exists():
-        lines = (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        metrics = [json.loads(line) for line in lines]
-    return Run(model, tokenizer, metrics, None if out is None else Path(out))
+    if folder is not None and trainer.world.main:
+        from surgery.training.curves import curves
+
+        metrics = read_metrics(folder)
+        curves(metrics, title=recipe.name).savefig(folder / "curves.png", dpi=110)
+    return Run(model, tokenizer, metrics, folder)
+
+
+def check_folder(out: Path, resume: bool) -> None:
+    """Raises `SurgeryError` when a new run would write over another one, or a finished one is to go on."""
+    finished, begun = (out / "model").exists(), (out / "metrics.jsonl").exists()
+    if resume and finished and not list(out.glob("checkpoint-*")):
+        raise SurgeryError(f"The run in {out} is finished.", hint="For a new one choose another folder.")
+    if not resume and (begun or finished):
+        raise SurgeryError(f"{out} holds a run already.", hint="Go on with it by --resume, or choose another folder.")
 
 
 def open_model(name: str | Path) -> tuple[Any, Any]:

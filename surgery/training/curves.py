@@ -1,0 +1,118 @@
+"""The curves of a run, as small multiples that read in black and white too.
+
+curves("runs/grpo").savefig("grpo.png")
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Metrics = Sequence[Mapping[str, float]]
+
+PANELS: list[tuple[str, tuple[str, ...]]] = [
+    ("accuracy, held out", ("eval/accuracy",)),
+    ("-log likelihood, nats a token", ("nll", "eval/nll")),
+    ("reward", ("reward", "reward/*")),
+    ("loss", ("loss",)),
+    ("gradient norm", ("grad_norm",)),
+    ("completion length, tokens", ("length",)),
+    ("entropy, nats a token", ("entropy",)),
+    ("KL to the reference, nats a token", ("kl",)),
+    ("share of completions or groups", ("truncated", "zero_variance", "clipped")),
+]
+"""Title and metrics of each panel; those without any numbers are left out."""
+
+WORDS = {"eval/accuracy": "accuracy", "eval/nll": "-log p held out", "nll": "-log p", "reward": "total",
+         "zero_variance": "groups of equal rewards", "clipped": "tokens clipped"}  # fmt: skip
+INKS = ["black", "0.35", "0.55", "0.15", "0.45", "0.65"]
+DASHES: list[Any] = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))]
+MARKERS = "os^Dv*"
+COLUMNS = 3
+FEW = 30
+"""Points up to which each has its mark."""
+
+
+def curves(run: str | Path | Metrics, *, title: str = "") -> Figure:
+    """A figure of a run's folder or of its metrics: accuracy, reward and its components, loss, gradient norm, ...
+
+    Thin lines are steps, thick ones a running mean over a twentieth of the run. Raises `SurgeryError` for a folder
+    without metrics and for a run without a step.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    if isinstance(run, str | Path):
+        from surgery.training.log import read_metrics
+
+        title, run = title or Path(run).name, read_metrics(run)
+    if not run:
+        raise SurgeryError("The run has no steps yet: there is nothing to draw.")
+    panels = [(what, found) for what, patterns in PANELS if (found := series(run, patterns))]
+    rows = -(-len(panels) // COLUMNS)
+    figure = Figure(figsize=(3.6 * min(COLUMNS, len(panels)), 2.3 * rows + 0.5), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    axes = figure.subplots(rows, min(COLUMNS, len(panels)), squeeze=False).flatten()
+    last = max(line["step"] for line in run)
+    for axis, (what, found) in zip(axes, panels, strict=False):
+        for i, (name, points) in enumerate(found.items()):
+            _line(axis, points, name, i, alone=len(found) == 1)
+        axis.set_title(what, fontsize="small", loc="left")
+        axis.set_xlim(0, last * 1.02 or 1)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.yaxis.set_major_locator(MaxNLocator(5))
+        axis.tick_params(labelsize="x-small")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="0.9", linewidth=0.7)
+        if what.startswith(("share", "accuracy")):
+            axis.set_ylim(-0.03, 1.03)
+        if len(found) > 1:
+            axis.legend(fontsize="x-small", handlelength=3, framealpha=0.8, edgecolor="none")
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis in axes[max(0, len(panels) - min(COLUMNS, len(panels))) : len(panels)]:
+        axis.set_xlabel("step", fontsize="x-small")
+    return figure
+
+
+def series(run: Metrics, patterns: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
+    """(step, value) points by name of the metrics that fit `patterns` and have finite values; a lone part is dropped.
+
+    A reward of one component is that component: it is not drawn twice.
+    """
+    names = dict.fromkeys(name for line in run for name in line)
+    fitting = [n for p in patterns for n in names if n == p or (p.endswith("*") and n.startswith(p[:-1]))]
+    points = {n: [(line["step"], line[n]) for line in run if n in line and math.isfinite(line[n])] for n in fitting}
+    found = {WORDS.get(n, n.removeprefix("reward/").replace("_", " ")): each for n, each in points.items() if each}
+    if len(found) == 2 and "total" in found and len({tuple(each) for each in found.values()}) == 1:
+        found.pop("total")
+    return found
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Running means over `window` values around each, fewer at the ends."""
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    half = window // 2
+    ends = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+    return [(sums[b] - sums[a]) / (b - a) for a, b in ends]
+
+
+def _line(axis: Axes, points: list[tuple[float, float]], name: str, i: int, *, alone: bool) -> None:
+    steps, values = [p[0] for p in points], [p[1] for p in points]
+    style: dict[str, Any] = {"color": INKS[i % len(INKS)], "linestyle": DASHES[i % len(DASHES)], "label": name}
+    if len(points) <= FEW:
+        axis.plot(steps, values, marker=MARKERS[i % len(MARKERS)], markersize=3, linewidth=1.2, **style)
+        return
+    if alone:
+        axis.plot(steps, values, color="0.75", linewidth=0.6)
+    axis.plot(steps, smooth(values, len(points) // 20), linewidth=1.5, **style)
