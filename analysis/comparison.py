@@ -40,14 +40,15 @@ class Comparison:
         return asdict(self)
 
 
-def compare(ours: Result, theirs: Result, *, resamples: int = 10_000, seed: int = 0) -> Comparison:
+def compare(ours: Result, theirs: Result, *, resamples: int = 4000, seed: int = 0) -> Comparison:
     """Mean of `ours - theirs`; results are (examples,) or (examples, seed), with the same labels in both.
 
     Each resample draws seeds, then items, with replacement; one draw of items serves all seeds, which share them. A
     plain percentile interval is too narrow for few seeds: deviations from the mean are widened level by level, by
     sqrt(n / (n-1)) * t(n-1) / z, to agree with Student's t where one level makes all the noise (the "expanded"
     interval of Hesterberg 2014, arXiv:1411.5279). p is twice the share of resamples on the other side of zero, the
-    observed one counted. Raises `SurgeryError` when the two can't be paired.
+    observed one counted, and at least 2^(1-n), the least that a sign test of n items can tell. Raises `SurgeryError`
+    when the two can't be paired.
     """
     if ours.axes != theirs.axes:
         raise SurgeryError(
@@ -66,7 +67,7 @@ def compare(ours: Result, theirs: Result, *, resamples: int = 10_000, seed: int 
     low, high = np.quantile(means, (0.025, 0.975))
     hair = 1e-12 * np.abs(grid).max()  # equal means that were added up in another order count as equal
     beyond = min((means <= hair).sum(), (means >= -hair).sum())
-    p_value = min(1.0, 2 * (1 + beyond) / (1 + resamples))
+    p_value = min(1.0, max(2 * (1 + beyond) / (1 + resamples), 2.0 ** (1 - items)))
     return Comparison(float(grid.mean()), float(low), float(high), float(p_value), items, seeds)
 
 

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from surgery.training.rollouts import Generator, Rollout
 
 __all__ = [
-    "accuracy", "answer_log_likelihood", "evaluate", "evaluate_tasks", "generate", "load", "perplexity", "prompt_ids",
-    "respond", "stated_answer", "task_rows", "untouched",
+    "accuracy", "answer_log_likelihood", "evaluate", "evaluate_tasks", "generate", "labels_of", "load", "perplexity",
+    "prompt_ids", "respond", "stated_answer", "task_rows", "untouched",
 ]  # fmt: skip
 
 LONGEST = 256
 """New tokens where nothing else is asked for, as far as the model's context goes."""
 COLUMNS = ("task", "category", "difficulty", "answer")
-"""What a result keeps of its rows."""
+"""What a result keeps of its rows, besides whatever other columns are labels."""
 
 
 def evaluate(
@@ -57,8 +57,9 @@ def evaluate(
     """1 where the verifier of a row's task accepts the completion, else 0, in the order of `rows`.
 
     Greedy without `samples`; with it (examples, sample), drawn at `temperature`: row i's noise depends on `seed`, i and
-    the sample only. Columns: task, category, difficulty, answer, completion, and `truncated`, the share of completions
-    that did not end by themselves. Rows whose answer can't be parsed are left out, and counted in `meta`.
+    the sample only. Columns: the row's labels (`labels_of`), `row` (its index), completion, and `truncated`, the share
+    of completions that did not end by themselves. Rows whose answer can't be parsed are left out, and counted in
+    `meta`.
 
     A `Generator` samples by its own settings (`temperature`, `max_new_tokens` are not used). Raises `SurgeryError` when
     the tokenizer is missing, no row is left, or a prompt does not fit into the context.
@@ -78,7 +79,8 @@ def evaluate(
     if not known:
         raise SurgeryError("No row has an answer that its verifier can read." if rows else "No rows to evaluate.")
     texts = [[one.text for one in drawn[i]] for i in known]
-    columns: dict[str, list[Any]] = {c: [rows[i].get(c) for i in known] for c in COLUMNS}
+    columns: dict[str, list[Any]] = {c: [rows[i].get(c) for i in known] for c in labels_of(rows)}
+    columns["row"] = known
     columns["completion"] = [text[0] for text in texts] if samples is None else texts
     columns["truncated"] = [float(np.mean([one.truncated for one in drawn[i]])) for i in known]
     values = np.array([right[i] for i in known], dtype=float)
@@ -87,6 +89,13 @@ def evaluate(
     if samples is None:
         return Result.of(values[:, 0], axes["example"], name=name, columns=columns, meta=meta)
     return Result(values, axes, name, columns, meta)
+
+
+def labels_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Columns by which rows can be grouped: those of `COLUMNS`, and others with a word or number in every row."""
+    plain = (str, int, float, bool, type(None))
+    shared = [c for c in (rows[0] if rows else ()) if all(c in row and isinstance(row[c], plain) for row in rows)]
+    return [*COLUMNS, *(c for c in shared if c not in (*COLUMNS, "prompt", "completion"))]
 
 
 def respond(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from analysis.prompts import Progress, Prompt, by_length, left_padded, prompt_ids, untouched
+from analysis.prompts import Progress, Prompt, by_length, left_padded, pad_id, prompt_ids, untouched
 from analysis.results import Result
 from surgery.errors import SurgeryError
 
@@ -38,8 +38,7 @@ def answer_log_likelihood(
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     answers = [tokenizer(r, add_special_tokens=False)["input_ids"] + end for r in responses]
     rows = [prompt_ids(tokenizer, p, chat) + a for p, a in zip(prompts, answers, strict=True)]
-    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
-    accepts = inspect.signature(model.forward).parameters
+    pad, accepts = pad_id(tokenizer), inspect.signature(model.forward).parameters
     values = np.zeros(len(rows))
     with untouched(model):
         for batch in by_length(rows, batch_size, progress):

@@ -206,6 +206,27 @@ def bars(
     return figure
 
 
+def intervals(
+    series: Mapping[str, tuple[Any, Any, Any]], groups: Sequence[Any], *, y_label: str, group_label: str = "", title: str = "",
+) -> Figure:  # fmt: skip
+    """Shares with their intervals, (mean, low, high) over `groups`: one marker a series, side by side in a group."""
+    figure, axis = _blank(max(4.0, 1.6 + 0.35 * len(groups) * (1 + len(series))), 3.6, title)
+    for i, (label, (mean, low, high)) in enumerate(series.items()):
+        places = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * 0.6 / len(series)
+        spread = np.clip([np.subtract(mean, low), np.subtract(high, mean)], 0, None)
+        axis.errorbar(places, mean, spread, fmt=MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)], label=label,
+                      markerfacecolor="white" if i % 2 else None, capsize=3, elinewidth=0.9)  # fmt: skip
+    axis.set_xlim(-0.6, len(groups) - 0.4)
+    axis.set_ylim(-0.03, 1.03)
+    long = sum(len(str(g)) + 2 for g in groups) > 14 * figure.get_figwidth()
+    axis.set_xticks(range(len(groups)), [str(g) for g in groups], rotation=45 if long else 0,
+                    ha="right" if long else "center")  # fmt: skip
+    axis.set(xlabel=group_label, ylabel=y_label)
+    _bare(axis)
+    _legend_below(figure)
+    return figure
+
+
 def curves(
     x: Sequence[float],
     series: Mapping[str, Any],

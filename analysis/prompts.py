@@ -8,14 +8,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import SurgeryError
+from surgery.training.data import pad_id, prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Progress", "Prompt", "by_length", "left_padded", "load", "no_bars", "pad_id", "prompt_ids", "untouched"]
 
 Progress = Callable[[int, int], None]
 """Called with (examples done, examples in all) after each batch."""
 Prompt = str | Sequence[Mapping[str, Any]]
 """Text, or the messages of a chat."""
+
+
+def located(spec: str | Path) -> Path:
+    """The folder of a model (of its base, for `base+adapter`). Raises `SurgeryError` when that is no model."""
+    from surgery.checkpoint.reader import locate
+
+    text = str(spec)
+    base, plus, adapter = ("", "", text) if Path(text).exists() else text.rpartition("+")
+    if plus:
+        locate(adapter)
+    folder = locate(base if plus else adapter)
+    if not (folder / "config.json").is_file():
+        raise SurgeryError(f"{folder} is not a model: it holds no config.json.",
+                           hint="Give the folder of a whole model, or BASE+ADAPTER.")  # fmt: skip
+    return folder
 
 
 def load(spec: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -26,43 +44,26 @@ def load(spec: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, PreTra
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from surgery.checkpoint.adapter import AdaptedCheckpoint
-    from surgery.checkpoint.reader import locate, open_checkpoint
+    from surgery.checkpoint.reader import open_checkpoint
 
+    folder = located(spec)
     source = open_checkpoint(spec) if "+" in str(spec) else None
-    adapted = isinstance(source, AdaptedCheckpoint)
-    folder = source.base.path if isinstance(source, AdaptedCheckpoint) else locate(spec)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        if source is not None and adapted:
+        if isinstance(source, AdaptedCheckpoint):
             config = AutoConfig.from_pretrained(folder)
             config.update(source.config)
-            state = {name: source.read(name) for name in source.tensors}
             kind = config.dtype if dtype == "auto" else dtype
-            no_folder: Any = None
-            model = AutoModelForCausalLM.from_pretrained(no_folder, config=config, state_dict=state, dtype=kind)
+            model = AutoModelForCausalLM.from_config(config, dtype=kind)
+            missing, unknown = model.load_state_dict({n: source.read(n) for n in source.tensors}, strict=False)
+            if unknown or set(missing) - set(model.all_tied_weights_keys):
+                raise ValueError(f"its tensors are not the model's ({', '.join([*unknown, *missing][:3])}).")
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         told = str(error).strip().partition("\n")[0]
         raise SurgeryError(f"{spec} can't be loaded as a language model with its tokenizer: {told}") from error
     return model.eval(), tokenizer
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool = False) -> list[int]:
-    """The prompt's tokens as the model expects them: inside the chat template, or with the tokenizer's own first
-    tokens.
-
-    Messages are always put into the template. A tokenizer that adds an end mark to whatever it reads would end the
-    prompt: the mark is taken off. Raises `SurgeryError` when there is no template.
-    """
-    if chat or not isinstance(prompt, str):
-        if not getattr(tokenizer, "chat_template", None):
-            raise SurgeryError("This tokenizer has no chat template.", hint="Evaluate it without chat.")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    ids = tokenizer(prompt)["input_ids"]
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def left_padded(rows: Sequence[list[int]], pad: int, device: Any = None) -> tuple[Any, Any]:

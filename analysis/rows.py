@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,44 +26,27 @@ def task_rows(tasks: Sequence[str], n: int = 200, seed: int = 0) -> list[dict[st
 
 
 def file_rows(
-    path: str | Path,
-    task: str | None = None,
-    *,
-    n: int | None = None,
-    prompt: str = "prompt",
-    answer: str = "answer",
-    completion: str = "completion",
+    path: str | Path, task: str | None = None, *, n: int | None = None, **templates: str
 ) -> list[dict[str, Any]]:
-    """The first `n` rows of a JSON-lines file; the named columns become prompt, answer and completion.
+    """The first `n` rows of a file; `prompt="{question}"` and so on make columns, as in a recipe's `data`.
 
-    `task` names the verifier of rows that have no column `task`. Raises `SurgeryError` naming the line and the column
+    `task` names the verifier of rows that have no column `task`. Raises `SurgeryError` naming the row and the column
     that is wrong.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise SurgeryError(f"There is no file {path}.", hint="--data takes a file of JSON lines.")
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip() or (n is not None and len(rows) >= n):
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise SurgeryError(f"{path}, line {number}: not JSON ({error}).") from error
-        if not isinstance(row, dict):
-            raise SurgeryError(f"{path}, line {number}: a {type(row).__name__}; expected an object with columns.")
-        for column in (prompt, answer):
+    from surgery.training.data import rows_of
+
+    source = rows_of({"file": str(Path(path).expanduser()), **templates})
+    rows = [source.row(i) for i in range(int(source.size) if n is None else min(n, int(source.size)))]
+    for i, row in enumerate(rows):
+        for column in ("prompt", "answer"):
             if column not in row:
-                raise SurgeryError(f"{path}, line {number}: there is no column '{column}'; it has {', '.join(row)}.",
-                                   hint="Name the columns: --prompt-column, --answer-column.")  # fmt: skip
-        told = {"prompt": row[prompt], "answer": row[answer], "task": row.get("task", task)}
-        if told["task"] is None:
-            raise SurgeryError(f"{path}, line {number}: nothing says how answers are checked.",
+                hint = f"Make it of the others, as in --{column} '{{{next(iter(row))}}}'."
+                raise SurgeryError(f"{path}, row {i}: no column '{column}'; it has {', '.join(row)}.", hint=hint)
+        if row.setdefault("task", task) is None:
+            raise SurgeryError(f"{path}, row {i}: nothing says how its answer is checked.",
                                hint="Add a column 'task', or name one for all rows: --task gsm8k.")  # fmt: skip
-        make_task(told["task"])  # a wrong name is told before a model is loaded
-        rows.append(row | told | ({"completion": row[completion]} if completion in row else {}))
-    if not rows:
-        raise SurgeryError(f"{path} holds no rows.")
+        row["answer"] = str(row["answer"])
+        make_task(row["task"])  # a wrong name is told before a model is loaded
     return rows
 
 
@@ -77,6 +59,6 @@ def stated_answer(completion: str) -> str | None:
     if found := re.findall(r"\\boxed\{([^{}]*)\}|<answer>(.*?)</answer>", completion, re.DOTALL):
         return "".join(found[-1]).strip()
     if "#" in completion and "####" not in completion:
-        return marked_answer(completion)
+        return marked_answer(completion) or None
     number = numeric_answer(completion)
     return completion.strip() or None if number is None else repr(number)

@@ -6,6 +6,7 @@
 | vector.py  | `vector extract`, `apply`, `combine`, `export-lora`               |
 | look.py    | `vector inspect`, `vector check`                                  |
 | zoo.py     | `zoo list`, `zoo get`                                             |
+| evaluate.py| `eval`                                                            |
 | demo.py    | `demo`                                                            |
 
 Around them: frame.py (global options, what is said and how), models.py (names of models and vectors), algebra.py

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import surgery
-from surgery.cli import demo, look, merge, methods, zoo
+from surgery.cli import demo, evaluate, look, merge, methods, zoo
 from surgery.cli.frame import Debug, Json, Quiet, new_app, set_global, unwrapped
 
 app = new_app()
@@ -16,6 +16,7 @@ app.add_typer(look.app, name="vector")  # the group of vector.py, with `inspect`
 merge.register(app)
 methods.register(app)
 app.add_typer(zoo.app, name="zoo")
+evaluate.register(app)
 demo.register(app)
 
 

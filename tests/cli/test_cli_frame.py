@@ -10,7 +10,7 @@ from surgery.cli import main
 from surgery.errors import SurgeryError
 
 COMMANDS = [
-    ["merge"], ["methods"], ["demo"], ["zoo", "list"], ["zoo", "get"],
+    ["merge"], ["methods"], ["eval"], ["demo"], ["zoo", "list"], ["zoo", "get"],
     *(["vector", word] for word in ("extract", "apply", "combine", "inspect", "check", "export-lora")),
 ]  # fmt: skip
 HEAVY = """
