@@ -91,27 +91,34 @@ class Context:
         start = time.perf_counter()
         mine = self.world.share(range(len(prompts)))
         seeds = [self.seed(name, i) for i in mine]
-        found = self._generator([prompts[i] for i in mine], group, seeds) if mine else []
+        draw = self._generator
+        parts = self.world.together(lambda: draw([prompts[i] for i in mine], group, seeds) if mine else [])
         self._spent("generation", start)
-        return [r for part in self.world.gather(found) for r in part]
+        return [r for part in parts for r in part]
 
     def score(self, rows: Sequence[Row], rollouts: Sequence[Rollout], group: int = 1) -> Scored:
         """Rewards of rollouts whose rows are one a group (or one each)."""
-        if self.rewards is None:
+        rewards = self.rewards
+        if rewards is None:
             raise SurgeryError("This objective learns from rewards and the recipe has none.", hint="reward: accuracy")
         start = time.perf_counter()
         size = len(rollouts) // max(1, len(rows)) or 1
-        mine = list(self.world.share(range(len(rows))))
+        everywhere = self.rewards.whole_batch  # it compares rows, or has a state: every process scores all
+        mine = list(range(len(rows)) if everywhere else self.world.share(range(len(rows))))
         part = self.rewards.score(
             [rows[i] for i in mine],
             [rollouts[i * size + g] for i in mine for g in range(size)],
             step=self.step,
             group=group,
         )
-        parts = self.world.gather(part)
+        parts = [part] if everywhere else self.world.gather(part)
         self._spent("reward", start)
-        components = {k: [v for p in parts for v in p.components[k]] for k in self.rewards.functions}
-        return Scored([v for p in parts for v in p.total], components)
+        self.noted |= {f"reward/{name}": value for name, value in parts[0].metrics.items()}
+        return Scored(
+            [v for p in parts for v in p.total],
+            {k: [v for p in parts for v in p.components[k]] for k in self.rewards.functions},
+            {k: [v for p in parts for v in p.extra.get(k, ())] for k in parts[0].extra},
+        )
 
     def rollouts(self, rows: Sequence[Row], group: int | None = None, *, name: str = "rollout") -> Batch:
         """Completions of the rows' prompts with their rewards: a batch of kind "rollouts"."""
@@ -124,7 +131,15 @@ class Context:
         """Rollouts as a batch with columns reward, reward/<component>, truncated and sampled_log_probs."""
         scored = self.score(rows, rollouts, group)
         sampling = self.recipe.rollouts
-        spread = [{**rows[i // group], "completion_text": r.text} for i, r in enumerate(rollouts)]
+        logged = {k: v for k, v in scored.extra.items() if len(v) == len(rollouts)}
+        spread = [
+            {
+                **rows[i // group],
+                "completion_text": r.text,
+                **({"logged": {k: v[i] for k, v in logged.items()}} if logged else {}),
+            }
+            for i, r in enumerate(rollouts)
+        ]
         batch = Batch.of(
             [r.prompt_ids for r in rollouts],
             [r.completion_ids for r in rollouts],
@@ -151,18 +166,17 @@ class Context:
         start = time.perf_counter()
         mine = batch.select(self.world.share(range(len(batch)), batch.group))
         found: list[dict[str, Tensor]] = []
-        rows = self.recipe.batch.micro_batch or SCORE_ROWS
+        chunks = mine.chunks(self.recipe.batch.micro_batch or SCORE_ROWS) if len(mine) else []
+        # sharded parameters are gathered by all at once: who has fewer rows goes through some again, for nothing
+        rounds = max(self.world.gather(len(chunks))) if self.recipe.parallel == "fsdp2" else len(chunks)
+        width = batch.completion_ids.shape[1]
         with torch.no_grad():
-            for chunk in mine.chunks(rows) if len(mine) else []:
-                scores = policy(chunk.to(policy.device), **asks)
-                width = batch.completion_ids.shape[1]
-                found.append(
-                    {
-                        name: _widened(value.cpu(), width)
-                        for name, value in vars(scores).items()
-                        if value is not None and name != "hidden"
-                    }
-                )
+            for i in range(rounds):
+                chunk = chunks[i] if i < len(chunks) else batch.select(range(batch.group))
+                scores = policy(chunk.to(self.world.device), **asks)
+                part = {k: v for k, v in vars(scores).items() if v is not None and k != "hidden"}
+                if i < len(chunks):
+                    found.append({name: _widened(value.cpu(), width) for name, value in part.items()})
         self._spent("scoring", start)
         parts = [part for each in self.world.gather(found) for part in each]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
