@@ -3,32 +3,31 @@
 out/recipe.json        the recipe
 out/metrics.jsonl      one line a step            out/rollouts.jsonl   one line a rollout
 out/checkpoint-000100  all that resuming needs    out/model            the result, as transformers writes it
+
+A folder is written under a name that begins with a dot, brought to the disk (fsync) and renamed: whenever the process
+dies, each folder is whole or absent. What was left over is cleared away at the next start.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from surgery.errors import SurgeryError
-from surgery.training.batch import Batch
+from surgery.training import distributed
 from surgery.training.policy import Policy
 from surgery.training.recipe import Recipe, as_words
-from surgery.training.sources import Update
+from surgery.training.state import drawn_as_tensors, random_state, same_recipe, set_random_state, undrawn
 
 if TYPE_CHECKING:
     from surgery.training.engine import Trainer
-
-SCALARS = ("group", "kind", "temperature", "max_new_tokens", "step", "steps", "total_rows", "total_tokens", "rows")
-TENSORS = ("prompt_ids", "prompt_mask", "completion_ids", "lengths", "mask", "inputs")
 
 
 def adamw(policy: Policy, recipe: Recipe) -> torch.optim.Optimizer:
@@ -52,148 +51,277 @@ def begin(trainer: Trainer) -> None:
     """Claims the output folder. Raises `SurgeryError` when it holds a run already."""
     out = trainer.out
     assert out is not None
+    if (out / "metrics.jsonl").exists() or (out / "model").exists() or _found(out):
+        raise SurgeryError(f"{out} holds a run already.", hint="Go on with it by --resume, or choose another folder.")
+    trainer.world.wait()  # everybody has looked
     if trainer.world.main:
-        if (out / "metrics.jsonl").exists() or (out / "model").exists():
-            raise SurgeryError(
-                f"{out} holds a run already.", hint="Go on with it by --resume, or choose another folder."
-            )
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "recipe.json").write_text(json.dumps(as_words(trainer.recipe), indent=1) + "\n", encoding="utf-8")
+        _claim(trainer, out)
     trainer.world.wait()
 
 
-def save(trainer: Trainer) -> None:
-    """A checkpoint of this step. A full disk loses this one only: the one before stays."""
-    from safetensors.torch import save_file
+def _claim(trainer: Trainer, out: Path) -> None:
+    """The folder with its recipe, and without what an interrupted write left there."""
+    out.mkdir(parents=True, exist_ok=True)
+    for left in (*out.glob(".checkpoint.*"), *out.glob(".model.*")):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = out / ".recipe.json"
+    temporary.write_text(json.dumps(as_words(trainer.recipe), indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, out / "recipe.json")
 
-    if not trainer.world.main:
-        trainer.world.wait()
-        return
+
+def save(trainer: Trainer) -> None:
+    """A checkpoint of this step. A full disk loses this one only: the one before stays, and the run goes on.
+
+    Raises `SurgeryError` when a row or a plug-in's state holds what JSON can't.
+    """
     assert trainer.out is not None
-    folder = trainer.out / f"checkpoint-{trainer.step:06d}"
-    temporary = trainer.out / f".checkpoint.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        save_file(_untied(trainer.policy), temporary / "policy.safetensors")
-        save_file(_moments(trainer), temporary / "optimizers.safetensors")
-        if trainer.initial is not None:
-            save_file(_own(trainer.initial), temporary / "initial.safetensors")
-        if trainer.reference is not None:
-            save_file(_untied(trainer.reference), temporary / "reference.safetensors")
-        tensors, words = _drawn(trainer.drawn)
-        save_file(tensors, temporary / "drawn.safetensors")
-        state = {
-            "step": trainer.step,
-            "iteration": trainer.context.iteration,
-            "drawn": words,
-            "pieces": [[p.update, p.rows] for p in trainer.pieces],
-            "source": trainer.parts.source.state_dict(),
-            "curricula": {k: c.state_dict() for k, c in trainer.context.curricula.items()},
-            "rewards": trainer.parts.rewards.state_dict() if trainer.parts.rewards else {},
-            "noted": trainer.context.noted,
-            "random": _random(),
-            "log": trainer.log.position(),
-        }
-        (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        trainer.log.warn(f"No checkpoint at step {trainer.step} ({error.strerror}); the last good one stays.")
-    else:
+    with torch.no_grad():
+        problem = _written(trainer, trainer.out / f"checkpoint-{trainer.step:06d}", _files(trainer))
+    if problem:
+        trainer.log.warn(f"No checkpoint at step {trainer.step} ({problem}); the last good one stays.")
+    elif trainer.world.main:
         for old in _found(trainer.out)[: -trainer.recipe.checkpoint.keep]:
             shutil.rmtree(old, ignore_errors=True)
     trainer.world.wait()
 
 
+def _files(trainer: Trainer) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    """Names of the files and what writes them, one in memory at a time; all processes take part in gathering."""
+    noted = [
+        ("policy", lambda: _tensors(trainer.policy)),
+        ("optimizers", lambda: _moments(trainer)),
+        ("reference", lambda: _tensors(trainer.reference) if trainer.reference is not None else {}),
+        ("initial", lambda: _own(trainer.initial or {})),
+    ]
+    for name, gathered in noted:
+        tensors = gathered()
+        if tensors or name == "optimizers":
+            yield f"{name}.safetensors", lambda path, tensors=tensors: _save(tensors, path)  # type: ignore[misc]
+    tensors, drawn = drawn_as_tensors(trainer.drawn if trainer.pieces else [])
+    yield "drawn.safetensors", lambda path: _save(_own(tensors), path)
+    state = {
+        "step": trainer.step,
+        "iteration": trainer.context.iteration,
+        "drawn": drawn,
+        "pieces": [[p.update, p.rows] for p in trainer.pieces],
+        "source": trainer.parts.source.state_dict(),
+        "curricula": {k: c.state_dict() for k, c in trainer.context.curricula.items()},
+        "rewards": trainer.parts.rewards.state_dict() if trainer.parts.rewards else {},
+        "noted": trainer.context.noted,
+        "random": trainer.world.gather(random_state()),
+        "log": trainer.log.position(),
+    }
+    yield "state.json", lambda path: _save_json(state, path)
+
+
+def _written(trainer: Trainer, folder: Path, files: Iterator[tuple[str, Callable[[Path], None]]]) -> str | None:
+    """Writes the files into `folder` by way of a temporary one; what went wrong with the disk, if something did."""
+    from safetensors import SafetensorError
+
+    temporary = folder.parent / f".checkpoint.{os.getpid()}"
+    problem: str | None = None
+    if trainer.world.main:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for name, write in files:  # to the end even when the disk is full: others are waiting
+        if trainer.world.main and problem is None:
+            try:
+                temporary.mkdir(parents=True, exist_ok=True)
+                write(temporary / name)
+            except (OSError, SafetensorError) as error:
+                problem = _reason(error)
+    if trainer.world.main and problem is None:
+        try:
+            _rename(temporary, folder)
+        except OSError as error:
+            problem = _reason(error)
+    if trainer.world.main and problem is not None:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return trainer.world.gather(problem)[0]
+
+
 def load(trainer: Trainer) -> None:
-    """Goes back to the last checkpoint of the run's folder (to the beginning when it has none)."""
+    """Goes back to the last checkpoint of the run's folder (to the beginning when it has none).
+
+    Raises `SurgeryError` when the run is finished, when its recipe was another (apart from its steps and from what
+    does not change a result), and when the model is another.
+    """
+    out = trainer.out
+    if out is None:
+        raise SurgeryError("Resuming needs the folder of the run.", hint="Pass -o DIR.")
+    found = _found(out)
+    if not found and (out / "model").exists():
+        raise SurgeryError(f"The run in {out} is finished: {out / 'model'} is its result.", hint="Choose another -o.")
+    if found:
+        _same_run(trainer, out)
+    trainer.world.wait()
+    if trainer.world.main:
+        _claim(trainer, out)
+        if not found:
+            trainer.log.truncate({})
+    trainer.world.wait()
+    if found:
+        with torch.no_grad():
+            _restored(trainer, found[-1])
+
+
+def _same_run(trainer: Trainer, out: Path) -> None:
+    try:
+        before = json.loads((out / "recipe.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SurgeryError(f"{out / 'recipe.json'} can't be read, so nothing says what to go on with.") from error
+    remark = same_recipe(before, as_words(trainer.recipe))
+    if remark:
+        trainer.log.warn(remark)
+
+
+def _restored(trainer: Trainer, folder: Path) -> None:
     from safetensors.torch import load_file
 
-    if trainer.out is None:
-        raise SurgeryError("Resuming needs the folder of the run.", hint="Pass -o DIR.")
-    found = _found(trainer.out)
-    if not found:
-        trainer.log.truncate({})
-        if trainer.world.main:
-            trainer.out.mkdir(parents=True, exist_ok=True)
-        return
-    folder = found[-1]
+    from surgery.training.engine import Piece
+
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    _restore(trainer.policy, load_file(folder / "policy.safetensors"))
+    if state["step"] >= trainer.recipe.steps and (trainer.out / "model").exists():  # type: ignore[operator]
+        raise SurgeryError(f"{folder} is at step {state['step']} already.", hint="Raise `steps` to train on.")
+    _restore(trainer.policy, load_file(folder / "policy.safetensors"), folder)
     if trainer.reference is not None:
-        _restore(trainer.reference, load_file(folder / "reference.safetensors"))
+        _restore(trainer.reference, load_file(folder / "reference.safetensors"), folder)
     if trainer.initial is not None:
         trainer.initial = load_file(folder / "initial.safetensors")
     _restore_moments(trainer, load_file(folder / "optimizers.safetensors"))
     trainer.step = trainer.context.step = state["step"]
     trainer.context.iteration = state["iteration"]
     trainer.context.noted = state["noted"]
-    from surgery.training.engine import Piece
-
-    trainer.drawn = _undrawn(load_file(folder / "drawn.safetensors"), state["drawn"])
+    trainer.drawn = undrawn(load_file(folder / "drawn.safetensors"), state["drawn"])
     trainer.pieces = [Piece(update, rows) for update, rows in state["pieces"]]
     trainer.parts.source.load_state_dict(state["source"])
     for name, curriculum in trainer.context.curricula.items():
         curriculum.load_state_dict(state["curricula"][name])
     if trainer.parts.rewards:
         trainer.parts.rewards.load_state_dict(state["rewards"])
-    trainer.log.truncate(state["log"])
-    _set_random(state["random"])
+    if trainer.world.main:
+        trainer.log.truncate(state["log"])
+    set_random_state(state["random"][trainer.world.rank % len(state["random"])])
 
 
 def finish(trainer: Trainer) -> None:
-    """The trained model and its tokenizer in out/model; checkpoints of the run go."""
+    """The trained model and its tokenizer in out/model; then the run's checkpoints go.
+
+    Raises `SurgeryError` when the disk is full: the checkpoints stay, to go on from when there is room.
+    """
+    from safetensors import SafetensorError
+
     out, model = trainer.out, trainer.policy.model
     assert out is not None
+    state: dict[str, Any] = {}
+    if trainer.recipe.parallel == "fsdp2" and trainer.world.size > 1:
+        state["state_dict"] = {k: distributed.whole(v).cpu() for k, v in model.state_dict().items()}
+    problem: str | None = None
     if trainer.world.main:
         temporary = out / f".model.{os.getpid()}"
-        model.save_pretrained(temporary)  # type: ignore[operator]
-        trainer.tokenizer.save_pretrained(temporary)
-        shutil.rmtree(out / "model", ignore_errors=True)
-        os.replace(temporary, out / "model")
-        for old in _found(out):
-            shutil.rmtree(old, ignore_errors=True)
-    trainer.world.wait()
+        try:
+            model.save_pretrained(temporary, **state)  # type: ignore[operator]
+            trainer.tokenizer.save_pretrained(temporary)
+            shutil.rmtree(out / "model", ignore_errors=True)
+            _rename(temporary, out / "model")
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            problem = _reason(error)
+        else:
+            for old in _found(out):
+                shutil.rmtree(old, ignore_errors=True)
+    problem = trainer.world.gather(problem)[0]
+    if problem:
+        kept = _found(out)
+        raise SurgeryError(
+            f"The trained model could not be written to {out / 'model'} ({problem}).",
+            hint=f"{kept[-1]} is kept: make room and run again with --resume."
+            if kept
+            else "Make room and train again; with checkpoint.every set, most of the work would be kept.",
+        )
 
 
 def _found(out: Path) -> list[Path]:
+    """Checkpoints, the oldest first."""
     return sorted(path for path in out.glob("checkpoint-*") if (path / "state.json").is_file())
 
 
-# ---- parts of the state as tensors and JSON
+# ---- files
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, path)
+
+
+def _save_json(state: dict[str, Any], path: Path) -> None:
+    try:
+        path.write_text(json.dumps(state), encoding="utf-8")
+    except TypeError as error:
+        raise SurgeryError(
+            f"The state of the run can't be written as JSON ({error}).",
+            hint="Columns of the data and states of plug-ins are texts, numbers, lists and dictionaries of these.",
+        ) from error
+
+
+def _rename(temporary: Path, folder: Path) -> None:
+    """Brings a folder to the disk, then gives it its name: a power cut leaves all of it or none."""
+    for path in (*temporary.rglob("*"), temporary):
+        _sync(path)
+    os.replace(temporary, folder)
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+# ---- parameters and moments by name, whole
 
 
 def _own(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that share no memory: tied ones once each."""
-    return {name: value.detach().clone().contiguous().cpu() for name, value in state.items()}
+    """Tensors on the CPU that share no memory."""
+    return {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
 
 
-def _untied(policy: Policy) -> dict[str, Tensor]:
+def _named(policy: Policy) -> dict[str, Tensor]:
     """Parameters (tied ones once) and buffers of the model and of what is trained beside it."""
     parts = dict(policy.model.named_parameters(prefix="model")) | dict(policy.extras.named_parameters(prefix="extras"))
-    return _own(parts | dict(policy.model.named_buffers(prefix="buffer")))
+    return parts | dict(policy.model.named_buffers(prefix="buffer"))
 
 
-def _restore(policy: Policy, saved: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        parts = dict(policy.model.named_parameters(prefix="model")) | dict(
-            policy.extras.named_parameters(prefix="extras")
-        )
-        for name, value in (parts | dict(policy.model.named_buffers(prefix="buffer"))).items():
-            value.copy_(saved[name])
+def _tensors(policy: Policy) -> dict[str, Tensor]:
+    return {name: distributed.whole(value.detach()).cpu().contiguous() for name, value in _named(policy).items()}
+
+
+def _restore(policy: Policy, saved: dict[str, Tensor], folder: Path) -> None:
+    parts = _named(policy)
+    for name in sorted(parts.keys() ^ saved.keys()):
+        raise SurgeryError(f"{folder} and the model differ in the tensor '{name}'.", hint="Is it the model of the run?")
+    for name, value in parts.items():
+        if value.shape != saved[name].shape:
+            raise SurgeryError(f"{folder}: '{name}' is {tuple(saved[name].shape)}, the model's {tuple(value.shape)}.")
+        value.copy_(distributed.like(saved[name], value))
 
 
 def _moments(trainer: Trainer) -> dict[str, Tensor]:
-    """Optimizer state by optimizer and parameter name."""
+    """Optimizer state as "optimizer/parameter/moment"."""
     names = {id(p): name for name, p in trainer.policy.named_parameters()}
     found = {}
     for which, optimizer in trainer.optimizers.items():
         found[f"{which}//"] = torch.zeros(0)  # that it exists, whether it has moved or not
-        for parameter, state in optimizer.state.items():
-            for key, value in state.items():
-                found[f"{which}/{names[id(parameter)]}/{key}"] = torch.as_tensor(value)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    found[f"{which}/{names[id(parameter)]}/{key}"] = distributed.whole(torch.as_tensor(value))
     return _own(found)
 
 
@@ -204,56 +332,5 @@ def _restore_moments(trainer: Trainer, saved: dict[str, Tensor]) -> None:
         which, name, part = key.split("/")
         optimizer = trainer._optimizer(which)
         if name:
-            place = value if part == "step" else value.to(parameters[name].device)
-            optimizer.state[parameters[name]][part] = place
-
-
-def _drawn(updates: list[Update]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Half-used batches: tensors by "update/kind/name", all else as JSON."""
-    tensors: dict[str, Tensor] = {}
-    words: list[dict[str, Any]] = []
-    for i, update in enumerate(updates):
-        entry: dict[str, Any] = {"optimizer": update.optimizer, "fresh": update.fresh, "batches": {}}
-        for kind, batch in update.batches.items():
-            entry["batches"][kind] = {name: getattr(batch, name) for name in SCALARS}
-            parts = {name: getattr(batch, name) for name in TENSORS if getattr(batch, name) is not None}
-            parts |= {f"columns.{name}": value for name, value in batch.columns.items()}
-            tensors |= {f"{i}|{kind}|{name}": value for name, value in parts.items()}
-        words.append(entry)
-    return _own(tensors), words
-
-
-def _undrawn(tensors: dict[str, Tensor], words: list[dict[str, Any]]) -> list[Update]:
-    updates = []
-    for i, entry in enumerate(words):
-        batches = {}
-        for kind, scalars in entry["batches"].items():
-            mine = {k.split("|", 2)[2]: v for k, v in tensors.items() if k.startswith(f"{i}|{kind}|")}
-            columns = {k.removeprefix("columns."): v for k, v in mine.items() if k.startswith("columns.")}
-            parts: dict[str, Any] = {k: v for k, v in mine.items() if not k.startswith("columns.")}
-            batches[kind] = Batch(**parts, **scalars, columns=columns)
-        updates.append(Update(batches, entry["optimizer"], entry["fresh"]))
-    return updates
-
-
-def _random() -> dict[str, Any]:
-    """States of the global generators: nothing here draws from them, a plug-in or a dropout may."""
-    version, keys, *rest = np.random.get_state()  # type: ignore[misc]
-    devices = []
-    if torch.cuda.is_available():
-        devices = [state.tolist() for state in torch.cuda.get_rng_state_all()]
-    return {
-        "python": random.getstate(),
-        "numpy": [version, np.asarray(keys).tolist(), *rest],
-        "torch": torch.get_rng_state().tolist(),
-        "devices": devices,
-    }
-
-
-def _set_random(state: dict[str, Any]) -> None:
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    np.random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-    if state["devices"]:
-        torch.cuda.set_rng_state_all([torch.tensor(s, dtype=torch.uint8) for s in state["devices"]])
+            moved = parameters[name]
+            optimizer.state[moved][part] = value if part == "step" else distributed.like(value, moved)
