@@ -207,7 +207,8 @@ def bars(
 
 
 def intervals(
-    series: Mapping[str, tuple[Any, Any, Any]], groups: Sequence[Any], *, y_label: str, group_label: str = "", title: str = "",
+    series: Mapping[str, tuple[Any, Any, Any]], groups: Sequence[Any], *, y_label: str, group_label: str = "",
+    title: str = "",
 ) -> Figure:  # fmt: skip
     """Shares with their intervals, (mean, low, high) over `groups`: one marker a series, side by side in a group."""
     figure, axis = _blank(max(4.0, 1.6 + 0.35 * len(groups) * (1 + len(series))), 3.6, title)

@@ -77,3 +77,13 @@ def test_saved_as_the_suffix_says_and_no_pyplot(tmp_path, suffix):
     path = plots.save(figure, tmp_path / "deep" / f"f.{suffix}")
     assert path.stat().st_size > 1000
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def test_intervals_stand_side_by_side_with_a_marker_for_each_series():
+    shares = {"tuned": ([1.0, 0.5], [0.9, 0.4], [1.0, 0.6]), "base": ([0.2, 0.1], [0.1, 0.0], [0.3, 0.2])}
+    figure = plots.intervals(shares, ["chain", "copy"], y_label="accuracy", group_label="task")
+    axis = figure.axes[0]
+    first, second = (container.lines[0] for container in axis.containers)
+    assert first.get_xdata() == pytest.approx([-0.15, 0.85]) and second.get_xdata() == pytest.approx([0.15, 1.15])
+    assert first.get_marker() != second.get_marker() and legend(figure) == ["tuned", "base"]
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["chain", "copy"] and axis.get_ylim()[1] > 1
