@@ -7,7 +7,8 @@
 |---|---|---|
 | an objective (token loss) | a dataclass with `of_scores` | `objectives/` |
 | an advantage | a function of rewards and group size | `advantages.py` |
-| a source of batches (sampler, buffer) | a dataclass with `draw` | `sources.py`, `samplers/` |
+| a source of batches (sampler, buffer) | a dataclass with `draw` | `sources/` |
+| a transform of rows | a function of row and generator | `transforms.py` |
 | a curriculum | a dataclass with `next` and `update` | `curriculum.py` |
 | a reward | a function of prompts and completions | `rewards/` |
 | a schedule | a function of the step | `schedules.py` |

@@ -7,6 +7,8 @@ A recipe's `data` is one of these, or a list of them with shares:
     data: {hub: openai/gsm8k, config: main, split: train, prompt: "{question}", completion: "{answer}"}
     data: [{task: chain, share: 0.75}, {task: copy, share: 0.25}]
 
+    data: {task: chain, transform: corrupt}                    # pairs for DPO: see `surgery.training.transforms`
+
 Files are JSONL, JSON, CSV or Parquet. `prompt`, `completion`, `chosen`, `rejected` and `answer` may be templates over
 the columns; without them columns of these names are taken as they are. All other columns reach the reward functions.
 """
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from surgery.errors import SurgeryError
 from surgery.registry import nearest
+from surgery.training import transforms
 from surgery.training.batch import Batch
 
 if TYPE_CHECKING:
@@ -77,6 +80,26 @@ class TaskRows:
         return self.task.row(self.seed, index)
 
 
+class TransformedRows:
+    """Rows of generated data, each made into another: row i from (row i, seed, i) alone."""
+
+    size = math.inf
+
+    def __init__(self, rows: Rows, transform: transforms.Transform, seed: int) -> None:
+        self.rows, self.transform, self.seed = rows, transform, seed
+        self.columns = set(self.row(0))
+
+    def row(self, index: int) -> Row:
+        """Row `index`, transformed. Raises `SurgeryError` when that isn't exactly one row."""
+        found = transforms.applied(self.transform, self.rows.row(index), Random(f"{self.seed}/transform/{index}"))
+        if len(found) != 1:
+            raise SurgeryError(
+                f"A transform made {len(found)} rows of one; generated data need exactly one.",
+                hint="Filter data of known size: a file, or a list of rows.",
+            )
+        return found[0]
+
+
 class MixedRows:
     """Several data sets: each index belongs to one of them, drawn by share; inside, rows are taken in order."""
 
@@ -120,7 +143,18 @@ def _one(entry: Row, seed: int) -> Rows:
             f"`data` names {' and '.join(named) or 'none'} of task, file and hub: expected one.",
             hint=nearest(next(iter(entry), ""), sources),
         )
-    return sources[named[0]](entry.pop(named[0]), entry, seed)
+    transform = entry.pop("transform", None)
+    found = sources[named[0]](entry.pop(named[0]), entry, seed)
+    return found if transform is None else transformed(found, transform, seed)
+
+
+def transformed(rows: Rows, transform: Any, seed: int = 0) -> Rows:
+    """Rows after a transform (`surgery.training.transforms`), by its words or as a callable (row, rng) -> row(s)."""
+    made = transforms.parse(transform)
+    if rows.size == math.inf:
+        return TransformedRows(rows, made, seed)
+    each = (transforms.applied(made, rows.row(i), Random(f"{seed}/transform/{i}")) for i in range(int(rows.size)))
+    return ListRows([row for part in each for row in part], "After its transform the data set")
 
 
 def _task_rows(name: str, options: Row, seed: int) -> Rows:
@@ -218,10 +252,14 @@ def demonstrations(
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     prompts = [prompt_ids(tokenizer, row["prompt"], chat) or [start] for row in rows]
     found = [completion_ids(tokenizer, row["completion"]) for row in rows]
-    if max_length:
-        prompts = [p[: max_length - 1] for p in prompts]
-        found = [c[: max_length - len(p)] for p, c in zip(prompts, found, strict=True)]
-    batch = Batch.of(prompts, found, pad=pad_id(tokenizer), rows=rows, kind="demonstrations", **more)
+    masks = None
+    if max_length:  # a row whose prompt alone is as long as that keeps one token, which doesn't count
+        masks = [[float(len(p) + i < max_length) for i in range(len(c))] for p, c in zip(prompts, found, strict=True)]
+        kept = [max(1, max_length - len(p)) for p in prompts]
+        prompts = [p[:max_length] for p in prompts]
+        found = [c[:n] for c, n in zip(found, kept, strict=True)]
+        masks = [m[:n] for m, n in zip(masks, kept, strict=True)]
+    batch = Batch.of(prompts, found, pad=pad_id(tokenizer), rows=rows, masks=masks, kind="demonstrations", **more)
     if any("weight" in row for row in rows):
         import torch
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from surgery.errors import SurgeryError
-from surgery.registry import Registry, nearest
 from surgery.training import objectives
 from surgery.training.curriculum import CURRICULA, Curriculum
 from surgery.training.data import Rows, rows_of
+from surgery.training.named import made
 from surgery.training.objectives import Objective
 from surgery.training.recipe import Recipe
 from surgery.training.rewards import Rewards, build_rewards
@@ -50,6 +48,7 @@ def plan(recipe: Recipe) -> Plan:
         "group": recipe.rollouts.group,
         "source": source,
         "columns": rows["main"].columns,
+        "components": None if rewards is None else tuple(rewards.functions),
         "recipe": recipe,
     }
     objective.check(settings)
@@ -63,23 +62,6 @@ def plan(recipe: Recipe) -> Plan:
     if recipe.evaluate.every:
         evaluation = rows_of(recipe.evaluate.data or recipe.data, recipe.seed + HELD_OUT)
     return Plan(objective, source, rows, curricula, rewards, evaluation)
-
-
-def made(registry: Registry[Any], written: Any) -> Any:
-    """What a recipe writes as `name` or `{name: {parameter: value}}`, or an object as it is."""
-    if not isinstance(written, str | Mapping):
-        return written
-    if isinstance(written, str):
-        written = {written: {}}
-    if len(written) != 1:
-        raise SurgeryError(f"One {registry.kind} is expected, found {', '.join(map(str, written)) or 'none'}.")
-    ((name, keys),) = written.items()
-    factory = registry.lookup(name)
-    known = inspect.signature(factory).parameters
-    for key in keys or {}:
-        if key not in known:
-            raise SurgeryError(f"The {registry.kind} '{name}' has no parameter '{key}'.", hint=nearest(key, known))
-    return factory(**(keys or {}))
 
 
 def _source(recipe: Recipe, kinds: list[str]) -> Source:
@@ -101,19 +83,22 @@ def _source(recipe: Recipe, kinds: list[str]) -> Source:
 def _check(recipe: Recipe, kinds: list[str], source: Source, rows: dict[str, Rows], rewards: Rewards | None) -> None:
     parts = source.parts if isinstance(source, Together) else [source]
     for part in parts:
-        kind = part.gives[0]
+        kind = part.draws
         from_rows = rows.get(kind, rows["main"])
         for column in part.columns():
             if column not in from_rows.columns:
                 known = ", ".join(sorted(from_rows.columns))
-                raise SurgeryError(f"The data have no column '{column}', which {kind} need.", hint=f"Columns: {known}.")
+                name = next((n for n, cls in SOURCES.items() if cls is type(part)), type(part).__name__)
+                raise SurgeryError(
+                    f"The data have no column '{column}', which the source '{name}' reads.", hint=f"Columns: {known}."
+                )
         need = recipe.rollouts.prompts if kind == "rollouts" else recipe.batch.rows
         if from_rows.size < need and from_rows.size != math.inf:
             raise SurgeryError(
                 f"The data have {int(from_rows.size)} rows, and one batch takes {need}.",
                 hint=f"Lower {'rollouts.prompts' if kind == 'rollouts' else 'batch.rows'}.",
             )
-    if "rollouts" in kinds or any(getattr(part, "samples", False) for part in parts):
+    if "rollouts" in kinds or any(part.samples for part in parts):
         if rewards is None:
             raise SurgeryError("The recipe draws rollouts and has no reward.", hint="reward: accuracy")
         rewards.check_columns(rows["main"].columns)

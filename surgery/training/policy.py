@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from surgery.errors import SurgeryError
 from surgery.training.batch import Batch
 from surgery.training.decoding import CausalDecoder, Decoder, backbone_and_head
+from surgery.training.summed import SummedDecoder, check_vocabularies
 
 LOGITS = 1 << 24
 """Largest number of logits kept for the backward pass; beyond it they are computed in chunks, twice."""
@@ -53,6 +54,7 @@ class Policy(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        check_vocabularies([model, *backbones])
         self.backbones = nn.ModuleList(backbones).requires_grad_(False)
         self.extras = nn.ModuleDict()
         """More modules that an objective trains beside the model: a value head."""
@@ -91,8 +93,8 @@ class Policy(nn.Module):
         return Scores(found, padded(spread), states[0] if hidden else None, value)
 
     def decoder(self) -> Decoder:
-        """What generates from this policy, one token at a time."""
-        return CausalDecoder(self.model)
+        """What generates from this policy, one token at a time. Raises `SurgeryError` for models without a cache."""
+        return SummedDecoder(self.members) if self.backbones else CausalDecoder(self.model)
 
     def snapshot(self) -> Policy:
         """A frozen copy of this very object as it is now: the reference policy."""

@@ -83,7 +83,7 @@ class LocalGenerator:
 
     def __init__(self, policy: nn.Module | Decoder, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> None:
         self.decoder: Any = CausalDecoder(policy) if isinstance(policy, nn.Module) else policy
-        if isinstance(self.decoder, CausalDecoder):
+        if hasattr(self.decoder, "room"):
             self.decoder.room = min(sampling.max_new_tokens, ROOM)
         self.tokenizer, self.sampling = tokenizer, sampling
         self._models: tuple[Any, ...] = tuple(getattr(self.decoder, "models", ()))
