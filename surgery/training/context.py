@@ -103,20 +103,16 @@ class Context:
             raise SurgeryError("This objective learns from rewards and the recipe has none.", hint="reward: accuracy")
         start = time.perf_counter()
         size = len(rollouts) // max(1, len(rows)) or 1
-        everywhere = self.rewards.whole_batch  # it compares rows, or has a state: every process scores all
+        everywhere = rewards.whole_batch  # it compares rows, or has a state: every process scores all
         mine = list(range(len(rows)) if everywhere else self.world.share(range(len(rows))))
-        part = self.rewards.score(
-            [rows[i] for i in mine],
-            [rollouts[i * size + g] for i in mine for g in range(size)],
-            step=self.step,
-            group=group,
-        )
-        parts = [part] if everywhere else self.world.gather(part)
+        drawn = [rollouts[i * size + g] for i in mine for g in range(size)]
+        parts = self.world.together(lambda: rewards.score([rows[i] for i in mine], drawn, step=self.step, group=group))
+        parts = parts[:1] if everywhere else parts
         self._spent("reward", start)
         self.noted |= {f"reward/{name}": value for name, value in parts[0].metrics.items()}
         return Scored(
             [v for p in parts for v in p.total],
-            {k: [v for p in parts for v in p.components[k]] for k in self.rewards.functions},
+            {k: [v for p in parts for v in p.components[k]] for k in rewards.functions},
             {k: [v for p in parts for v in p.extra.get(k, ())] for k in parts[0].extra},
         )
 
