@@ -53,12 +53,11 @@ def applied(transform: Transform, row: Row, rng: Random) -> list[Row]:
 
 
 @TRANSFORMS.register("corrupt")
-def corrupt(changes: int = 1, rationale: str = "") -> Transform:
+def corrupt(changes: int = 1) -> Transform:
     """Pairs from demonstrations: `rejected` is the completion with `changes` letters or digits replaced by others.
 
-    A row with a task gets a completion that its verifier rejects; one without only gets another text. `rationale` is a
-    template over the columns, for preference learning with rationales. Raises `SurgeryError` when a row has no
-    completion, or no wrong one is found.
+    A row with a task gets a completion that its verifier rejects; one without only gets another text. Raises
+    `SurgeryError` when a row has no completion, or no wrong one is found.
     """
     if changes < 1:
         raise SurgeryError(f"Transform 'corrupt': changes is {changes}; expected at least 1.")
@@ -70,8 +69,7 @@ def corrupt(changes: int = 1, rationale: str = "") -> Transform:
         for _ in range(TRIES):
             wrong = _changed(text, changes, rng)
             if wrong != text and not _right(wrong, row):
-                new = {**row, "chosen": text, "rejected": wrong}
-                return new | ({"rationale": _filled(rationale, row)} if rationale else {})
+                return {**row, "chosen": text, "rejected": wrong}
         raise SurgeryError(
             f"No change of {changes} characters makes {text[:80]!r} wrong.", hint="Raise `changes` of 'corrupt'."
         )
