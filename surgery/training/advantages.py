@@ -98,7 +98,8 @@ def generalised(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, 
 
 
 def whitened(values: Tensor, mask: Tensor) -> Tensor:
-    """Zero mean and unit (unbiased) variance over the masked entries; 0 elsewhere."""
-    count = mask.sum().clamp(min=1)
-    centred = (values - (values * mask).sum() / count) * mask
-    return centred * torch.rsqrt((centred**2).sum() / (count - 1).clamp(min=1) + 1e-8)
+    """Zero mean and unit (unbiased) variance over the masked entries; 0 elsewhere, and everywhere if they are equal."""
+    there = mask > 0
+    values = torch.where(there, values - values[there][:1].sum(), 0.0)
+    centred = torch.where(there, values - values.sum() / there.sum().clamp(min=1), 0.0)
+    return centred * torch.rsqrt((centred**2).sum() / (there.sum() - 1).clamp(min=1) + 1e-8)

@@ -163,9 +163,9 @@ class _Once:
         self._scores: Scores | None = None
 
     def __call__(self, batch: Batch, **asks: bool) -> Scores:
-        missing = any(wanted and not self._asks.get(name) for name, wanted in asks.items())
-        if self._scores is None or batch is not self._batch or missing:
-            self._asks = {**self._asks, **asks}
+        more = {name: True for name, wanted in asks.items() if wanted and not self._asks.get(name)}
+        if self._scores is None or batch is not self._batch or more:
+            self._asks |= more
             self._batch, self._scores = batch, self._policy(batch, **self._asks)
         return self._scores
 
