@@ -214,7 +214,11 @@ def finish(trainer: Trainer) -> None:
     assert out is not None
     state: dict[str, Any] = {}
     if trainer.recipe.parallel == "fsdp2" and trainer.world.size > 1:
-        state["state_dict"] = {k: distributed.whole(v).cpu() for k, v in model.state_dict().items()}
+        once = {
+            id(p): distributed.whole(p.detach()).cpu() for p in (*model.parameters(), *model.buffers())
+        }  # tied ones too
+        named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        state["state_dict"] = {name: once[id(p)] for name, p in named if name in model.state_dict()}
     problem: str | None = None
     if trainer.world.main:
         temporary = out / f".model.{os.getpid()}"

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
+from surgery.registry import nearest
 from surgery.training import checkpoints, distributed
 from surgery.training.batch import Batch
 from surgery.training.context import Context
@@ -86,7 +87,7 @@ class Trainer:
         distributed.alike(self.policy, self.world)
         self.reference = self.policy.snapshot() if objective.uses_reference else None
         self.initial = copy.deepcopy(model.state_dict()) if getattr(source, "restarts", False) else None
-        self.masks = dict(masks or {})
+        self.masks = _checked(masks or {}, model, recipe)
         self.sharded = recipe.parallel == "fsdp2" and self.world.size > 1
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         samples = "rollouts" in source.gives or getattr(source, "samples", False)
@@ -343,6 +344,18 @@ class Trainer:
             f"Step {self.step + 1}: the loss is not finite in a micro-batch of {told}.",
             hint="Smaller batch.micro_batch narrows it down; nonfinite: skip goes on without such steps.",
         )
+
+
+def _checked(masks: Mapping[str, Tensor], model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
+    """Masks that fit parameters of the model."""
+    if masks and recipe.parallel == "fsdp2":
+        raise SurgeryError("Masks are of whole parameters, and FSDP2 cuts them up.", hint="Use parallel: ddp.")
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    for name, mask in masks.items():
+        if shapes.get(name) != mask.shape:
+            found = f"the model has {tuple(shapes[name])}" if name in shapes else nearest(name, shapes)
+            raise SurgeryError(f"A mask of shape {tuple(mask.shape)} is given for '{name}'.", hint=found)
+    return dict(masks)
 
 
 def _rows_told(batch: Batch) -> str:

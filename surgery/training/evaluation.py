@@ -17,7 +17,7 @@ def evaluate(context: Context, rows: Rows) -> dict[str, float]:
     settings, recipe = context.recipe.evaluate, context.recipe
     chosen = [rows.row(i) for i in range(int(min(settings.n, rows.size)))]
     found: dict[str, float] = {}
-    if "answer" in rows.columns:
+    if "answer" in rows.columns and recipe.parallel != "fsdp2":  # sharded models don't decode: see distributed.py
         new = settings.max_new_tokens or recipe.rollouts.max_new_tokens
         greedy = LocalGenerator(
             context.policy.decoder(),  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from small import demonstrations, llama, many_letters, metrics, same, tokenizer, weights
+from tiny_runs import demonstrations, llama, many_letters, metrics, same, tokenizer, weights
 
 from surgery.errors import SurgeryError
 from surgery.training import checkpoints, train
