@@ -4,7 +4,6 @@ import copy
 import math
 
 import pytest
-import torch
 
 from surgery.errors import SurgeryError
 from surgery.training import train
@@ -26,14 +25,6 @@ SMALLER = {
     "rif": ["source.pass_rate_band.pool=8"],
     "star": ["source.star.prompts=16", "source.star.first=4"],
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
