@@ -7,6 +7,9 @@
 | look.py    | `vector inspect`, `vector check`                                  |
 | zoo.py     | `zoo list`, `zoo get`                                             |
 | evaluate.py| `eval`                                                            |
+| train.py   | `train`                                                           |
+| recipes.py | `recipes list`, `recipes show`                                    |
+| rollouts.py | `rollouts inspect`                                               |
 | demo.py    | `demo`                                                            |
 
 Around them: frame.py (global options, what is said and how), models.py (names of models and vectors), algebra.py

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from surgery.training.rewards.audit import Audit
+
 Metrics = Sequence[Mapping[str, float]]
 
 PANELS: list[tuple[str, tuple[str, ...]]] = [
@@ -80,6 +82,51 @@ def curves(run: str | Path | Metrics, *, title: str = "") -> Figure:
         axis.set_visible(False)
     for axis in axes[max(0, len(panels) - min(COLUMNS, len(panels))) : len(panels)]:
         axis.set_xlabel("step", fontsize="x-small")
+    return figure
+
+
+def rewards_figure(audit: Audit) -> Figure:
+    """A column for each reward: its mean by step (of one step: its histogram), and its values by completion length.
+
+    The band is two standard errors wide on either side; lower titles say Pearson's r with the length. Raises
+    `SurgeryError` where no reward gave a value.
+    """
+    import numpy as np
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    shown = [(name, c) for name, c in audit.components.items() if c.scored]
+    if not shown:
+        raise SurgeryError("No reward gave any completion a value: there is nothing to draw.")
+    figure = Figure(figsize=(max(4.0, 3.2 * len(shown)), 5.0), layout="constrained")
+    axes = figure.subplots(2, len(shown), squeeze=False)
+    rng = np.random.default_rng(0)
+    for (name, component), (above, below) in zip(shown, axes.T, strict=True):
+        scored = [line for line in audit.lines if line.values.get(name) is not None]
+        values = np.array([line.values[name] for line in scored], dtype=float)
+        steps = np.array([line.step for line in scored])
+        at = np.unique(steps)
+        if len(at) > 1:
+            parts = [values[steps == s] for s in at]
+            means = np.array([part.mean() for part in parts])
+            error = 2 * np.array([part.std() / len(part) ** 0.5 for part in parts])
+            above.fill_between(at, means - error, means + error, color="0.85")
+            above.plot(at, means, "k.-", markersize=3, linewidth=1.2)
+        else:
+            above.hist(values, bins=20, color="0.6", edgecolor="black", linewidth=0.5)
+        below_it = "step" if len(at) > 1 else f"{name} in step {at[0]}: number of completions"
+        above.set_xlabel(below_it, fontsize="x-small")
+        above.set_title(name, fontsize="small", loc="left")
+        spread = 0.02 * np.ptp(values)  # equal values side by side, not on top of each other
+        lengths = np.array([line.length for line in scored]) + rng.uniform(-0.3, 0.3, len(scored))
+        below.plot(lengths, values + rng.uniform(-spread, spread, len(scored)), "k.", markersize=3, alpha=0.25)
+        r = component.correlations.get("length")
+        below.set_title("by length" + ("" if r is None else f", r = {r:.2f}"), fontsize="small", loc="left")
+        below.set_xlabel("completion length, tokens", fontsize="x-small")
+        for axis, whole in ((above, len(at) > 1), (below, True)):
+            axis.xaxis.set_major_locator(MaxNLocator(5, integer=whole))
+            axis.tick_params(labelsize="x-small")
+            axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 

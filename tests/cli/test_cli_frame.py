@@ -10,7 +10,8 @@ from surgery.cli import main
 from surgery.errors import SurgeryError
 
 COMMANDS = [
-    ["merge"], ["methods"], ["eval"], ["demo"], ["zoo", "list"], ["zoo", "get"],
+    ["merge"], ["methods"], ["eval"], ["train"], ["demo"], ["zoo", "list"], ["zoo", "get"],
+    ["recipes", "list"], ["recipes", "show"], ["rollouts", "inspect"],
     *(["vector", word] for word in ("extract", "apply", "combine", "inspect", "check", "export-lora")),
 ]  # fmt: skip
 HEAVY = """
@@ -41,7 +42,7 @@ def test_the_list_of_commands_here_is_whole(capsys):
     main(["--help"])
     listed = capsys.readouterr().out
     assert all(command[0] in listed for command in COMMANDS)
-    for group in ("vector", "zoo"):
+    for group in ("vector", "zoo", "recipes", "rollouts"):
         main([group, "--help"])
         shown = [line.split()[1] for line in capsys.readouterr().out.partition("Commands")[2].splitlines()
                  if line.startswith("│ ") and line[2] != " "]  # fmt: skip
@@ -51,6 +52,7 @@ def test_the_list_of_commands_here_is_whole(capsys):
 @pytest.mark.parametrize(
     "command",
     [["--help"], ["merge", "--help"], ["vector", "extract", "--help"], ["zoo", "list"], ["methods"],
+     ["train", "--help"], ["recipes", "list"], ["recipes", "show", "grpo"],
      ["methods", "ties"], ["vector", "check", "tiny-base", "tiny-chain", "--fast"],
      ["merge", "--method", "ties", "--base", "tiny-base", "tiny-chain", "tiny-shift", "--plan"]],
     ids=" ".join,

@@ -72,18 +72,18 @@ class Audit:
         """Plain data for JSON."""
         return asdict(self)
 
-    def render(self, *, examples: int = 3, width: int = 120) -> str:
+    def render(self, *, examples: int = 3, width: int = 120, few: int = 20) -> str:
         """Statistics, correlations, and the best and worst `examples` of each component as text tables.
 
-        Up to twenty completions are shown one by one instead of examples.
+        Up to `few` completions are shown one by one instead of examples.
         """
         from rich.console import Console
 
         console = Console(file=io.StringIO(), width=width, color_system=None)
-        few = len(self.lines) <= 20
-        for table in [self._statistics(), self._correlations(), *(self._examples(examples) if not few else [])]:
+        short = len(self.lines) <= few
+        for table in [self._statistics(), self._correlations(), *(self._examples(examples) if not short else [])]:
             console.print(table)
-        if few:
+        if short:
             console.print(self._table("Completions", self.lines, list(self.components)))
         console.print(
             f"{len(self.lines)} completions in {self.groups} groups, {self.truncated:.0%} truncated", highlight=False
@@ -110,8 +110,9 @@ class Audit:
 
     def _examples(self, n: int) -> Iterable[Table]:
         for name, c in self.components.items():
-            yield self._table(f"{name}: highest", c.top[:n], [name])
-            yield self._table(f"{name}: lowest", c.bottom[:n], [name])
+            for which, lines in (("highest", c.top[:n]), ("lowest", c.bottom[:n])):
+                if lines:
+                    yield self._table(f"{name}: {which}", lines, [name])
 
     def _table(self, title: str, lines: Sequence[Line], names: Sequence[str]) -> Table:
         from rich.table import Table

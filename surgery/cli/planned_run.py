@@ -1,0 +1,173 @@
+"""What `surgery train` says before it begins, from headers and recipes alone."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.cli import frame, models
+from surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from surgery.training.plan import Plan
+    from surgery.training.recipe import Recipe
+
+
+@dataclass
+class Ready:
+    """A run whose parts are there and whose model is known, but not loaded."""
+
+    parts: Plan
+    samples: bool
+    """Whether it draws rollouts."""
+    told: dict[str, Any]
+    """What will run, word by word."""
+    notes: list[str]
+
+    def table(self) -> Table:
+        """The same for people."""
+        from rich.table import Table
+
+        table = Table(title=f"Recipe: {self.told['recipe']}", show_header=False, title_justify="left")
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        for name, value in self.told.items():
+            if name != "recipe" and value not in (None, ""):
+                table.add_row(name, value if isinstance(value, str) else json.dumps(value))
+        return table
+
+
+def ready(recipe: Recipe, folder: Path, *, resume: bool, only: bool) -> Ready:
+    """Checks everything that can be checked without loading a model, and says what will run.
+
+    `only`: nothing will run, so that the output may exist. Raises `SurgeryError` for whatever could not work.
+    """
+    from surgery.training.log import check_trackers
+    from surgery.training.plan import plan
+    from surgery.training.run import check_folder
+
+    if recipe.model is None:
+        raise SurgeryError("The recipe names no model.", hint="Add --model MODEL, for example --model tiny-base.")
+    parts = plan(recipe)
+    check_trackers(recipe.trackers, folder)
+    if not only:
+        check_folder(folder, resume)
+    samples = parts.rewards is not None and ("rollouts" in parts.source.gives or _samples(parts.source))
+    told = {
+        "recipe": recipe.name,
+        "objective": written(parts.objective),
+        "source": written(parts.source),
+        "data": _data(recipe, parts),
+        "reward": _rewards(parts) if samples else "",
+        "model": str(recipe.model),
+        "trainable": _trainable(recipe),
+        "updates": _updates(recipe, samples),
+        "evaluation": f"greedy, {recipe.evaluate.n} rows every {recipe.evaluate.every} steps"
+        if parts.evaluation
+        else "",
+        "output": f"{folder}" + (" (going on)" if resume else ""),
+    }
+    return Ready(parts, samples, told, _going_on(recipe, folder) if resume else [])
+
+
+def _samples(source: Any) -> bool:
+    return bool(getattr(source, "samples", False)) or any(_samples(part) for part in getattr(source, "parts", ()))
+
+
+def written(thing: Any) -> str:
+    """`grpo (beta 0.04)`: a part by its name, with what is not as usual."""
+    from surgery.training.objectives import OBJECTIVES
+    from surgery.training.sources import SOURCES
+
+    if (parts := getattr(thing, "parts", None)) is not None:
+        many = [part if isinstance(part, tuple) else (1.0, part) for part in parts]
+        return " + ".join((f"{weight} * " if weight != 1.0 else "") + written(part) for weight, part in many)
+    known: dict[str, Any] = {**OBJECTIVES, **SOURCES}
+    name = next((n for n, kind in known.items() if kind is type(thing)), type(thing).__name__)
+    values = {f.name: getattr(thing, f.name) for f in fields(thing) if f.init} if is_dataclass(thing) else {}
+    plain = {k: v for k, v in values.items() if isinstance(v, str | int | float | bool) and v not in ("", False)}
+    return name + (f" ({', '.join(f'{k} {v}' for k, v in plain.items())})" if plain else "")
+
+
+def _data(recipe: Recipe, parts: Plan) -> str:
+    """`chain: rows without end, columns answer, prompt, ...`, for each kind of rows."""
+    texts = []
+    for kind, rows in parts.rows.items():
+        wanted = recipe.data if kind == "main" else recipe.demonstrations
+        many = "rows without end" if rows.size == math.inf else frame.count(int(rows.size), "row")
+        texts.append(f"{'' if kind == 'main' else kind + ': '}{_short(wanted)}: {many}, columns "
+                     f"{', '.join(sorted(rows.columns))}")  # fmt: skip
+    return "\n".join(texts)
+
+
+def _rewards(parts: Plan) -> str:
+    assert parts.rewards is not None
+    weights = parts.rewards.weights
+    return " + ".join(name if weight == 1.0 else f"{weight:g} * {name}" for name, weight in weights.items())
+
+
+def _trainable(recipe: Recipe) -> str:
+    """How many numbers move, by the names in the checkpoint's header."""
+    from surgery.checkpoint import open_checkpoint
+
+    if not isinstance(recipe.model, str | Path):
+        return ""
+    sizes = {name: info.numel for name, info in open_checkpoint(models.model(str(recipe.model))).tensors.items()}
+    chosen = recipe.trainable if recipe.trainable is not None else ["*"]
+    moving = {name for name in sizes if any(fnmatch.fnmatch(name, p) for p in chosen)}
+    moving -= {name for name in sizes if any(fnmatch.fnmatch(name, p) for p in recipe.frozen)}
+    if not moving:
+        raise SurgeryError(
+            "No parameter of the model may move.",
+            hint=f"`trainable` and `frozen` are patterns over names like {next(iter(sizes))}.",
+        )
+    many, all_ = sum(sizes[name] for name in moving), sum(sizes.values())
+    return f"{many:,} of {all_:,} numbers" + ("" if many == all_ else f", in {frame.count(len(moving), 'tensor')}")
+
+
+def _updates(recipe: Recipe, samples: bool) -> str:
+    batch, rollouts = recipe.batch, recipe.rollouts
+    if samples:
+        what = (f"{rollouts.prompts} prompts x {rollouts.group} completions of at most "
+                f"{frame.count(rollouts.max_new_tokens, 'token')}")  # fmt: skip
+        passes = batch.epochs * batch.minibatches
+        what += f", {passes} updates from each batch" if passes > 1 else ""
+    else:
+        what = frame.count(batch.rows, "row")
+    what += f", in passes of {batch.micro_batch}" if batch.micro_batch else ""
+    lr = f"{recipe.optimizer.shape} learning rate {recipe.optimizer.lr:g}"
+    return f"{frame.count(recipe.steps, 'step')} of {what}; {lr}; seed {recipe.seed}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_short(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return "; ".join(_short(v) for v in value[:4]) + ("; ..." if len(value) > 4 else "")
+    return str(value)
+
+
+def _going_on(recipe: Recipe, folder: Path) -> list[str]:
+    """What there is to say about where a resumed run begins. Raises `SurgeryError` if its recipe is another one."""
+    from surgery.training.recipe import as_words
+    from surgery.training.state import same_recipe
+
+    if not last_checkpoint(folder):
+        return [f"{folder} has no checkpoint: the run begins at its first step."]
+    file = folder / "recipe.json"
+    if file.is_file():
+        same_recipe(json.loads(file.read_text(encoding="utf-8")), as_words(recipe))  # the engine tells its remark
+    return []
+
+
+def last_checkpoint(folder: Path) -> int:
+    """The step that --resume would go on from; 0 without a checkpoint."""
+    steps = [int(path.parent.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*/state.json")]
+    return max(steps, default=0)
