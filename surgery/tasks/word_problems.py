@@ -17,6 +17,7 @@ from typing import Any
 
 from surgery.errors import SurgeryError
 from surgery.tasks.base import Example, Verifier, counted, task
+from surgery.tasks.hub import hub_rows
 
 _NUMBER = re.compile(r"(?<![\d.])-?\.?\d[\d,]*(?:\.\d+)?")  # no sign right after a digit: "5-2" ends in 2
 
@@ -131,16 +132,8 @@ def _records(split: str, path: str | Path | None, folder: str, file: str, hub: s
         if not where.is_file():
             raise SurgeryError(f"SURGERY_DATA has no {folder}/{file}: {where} is missing.")
         return _read(where)
-    try:
-        from datasets import load_dataset
-
-        name, _, config = hub.partition(":")
-        return [dict(row) for row in load_dataset(name, config or None, split=split)]
-    except Exception as error:
-        raise SurgeryError(
-            f"The data set '{hub}' could not be loaded ({type(error).__name__}).",
-            hint=f"Set SURGERY_DATA to a folder that holds {folder}/{file}, or `pip install datasets` and go online.",
-        ) from error
+    name, _, config = hub.partition(":")
+    return hub_rows(name, config or None, split, hint=f"Set SURGERY_DATA to a folder that holds {folder}/{file}.")
 
 
 def _read(path: Path) -> list[dict]:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from surgery.errors import SurgeryError
 from surgery.registry import nearest
+from surgery.tasks.hub import hub_rows
 from surgery.training import transforms
 from surgery.training.batch import Batch
 
@@ -188,15 +189,7 @@ def _file_rows(name: str, options: Row, seed: int) -> Rows:
 
 def _hub_rows(name: str, options: Row, seed: int) -> Rows:
     config, split = options.pop("config", None), options.pop("split", "train")
-    try:
-        from datasets import load_dataset
-
-        found = load_dataset(name, config, split=split)
-    except ImportError:
-        raise SurgeryError("Data from the hub need the package `datasets`.", hint="pip install datasets") from None
-    except Exception as error:
-        raise SurgeryError(f"The data set '{name}' could not be loaded ({type(error).__name__}).") from error
-    return ListRows(_filled([dict(row) for row in found], options, name), name)
+    return ListRows(_filled(hub_rows(name, config, split), options, name), name)
 
 
 def _filled(rows: list[Row], templates: Row, name: str) -> list[Row]:
