@@ -26,7 +26,7 @@ SIGNATURES.register("none")(str)
 @SIGNATURES.register("equations")
 def equations(text: str) -> str:
     """The equations in order of appearance, without spaces (RFT); the text where there is none."""
-    found = re.findall(r"[\d.+\-*/()%]+=[\d.]+", re.sub(r"[\s,$]", "", text))
+    found = re.findall(r"[\d+\-*/()%][\d.+\-*/()%]*=\d+(?:\.\d+)?", re.sub(r"[\s,$]", "", text))
     return ";".join(found) or SIGNATURES["text"](text)
 
 
@@ -90,7 +90,7 @@ class ExpertIteration(Source):
         for attempt in range(self.patience):
             rows = context.rows(self.prompts or context.recipe.rollouts.prompts)
             kept = self._correct(rows, context, f"round/{attempt}")
-            context.noted |= {"kept": float(len(kept)), "solved": len({id(row) for row, _ in kept}) / len(rows)}
+            context.noted["kept"] = float(len(kept))
             if kept:
                 original = [dict(row) for row in rows if row.get("completion")] if self.original else []
                 return [{**row, "completion": text} for row, text in kept] + original
@@ -105,7 +105,9 @@ class ExpertIteration(Source):
 
     def _correct(self, rows: Sequence[Row], context: Context, name: str) -> list[tuple[Row, str]]:
         """Rows with completions of theirs that are right."""
-        return self._tried(rows, [row["prompt"] for row in rows], context, name)
+        kept = self._tried(rows, [row["prompt"] for row in rows], context, name)
+        context.noted["solved"] = len({id(row) for row, _ in kept}) / len(rows)
+        return kept
 
     def _tried(self, rows: Sequence[Row], prompts: Sequence[Any], context: Context, name: str) -> list[tuple[Row, str]]:
         """Completions of `prompts` that are right for `rows`, without doubles."""
