@@ -135,7 +135,7 @@ def test_parts_are_weighted_by_numbers_and_schedules():
     losses = []
     for part in (one, other):
         _, rows, _ = prepared(part)
-        losses.append(float(part.loss(policy, rows).value))
+        losses.append(float(part.loss(policy, rows).value.detach()))
     assert float(both_ways.loss(policy, batch).value) == pytest.approx(0.7 * losses[0] + 0.3 * losses[1], abs=1e-12)
     nested = 2.0 * (0.5 * both_ways)
     assert float(nested.loss(policy, batch).value) == pytest.approx(float(both_ways.loss(policy, batch).value))
