@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from surgery.errors import SurgeryError
 from surgery.registry import Registry
 from surgery.training.batch import Batch
-from surgery.training.data import Row, Rows, rows_of
+from surgery.training.data import MixedRows, Row, Rows, rows_of
 
 
 class Curriculum(Protocol):
@@ -106,13 +106,15 @@ class ByCategory:
 
     def start(self, rows: Rows, seed: int) -> None:
         """Sorts the rows into categories. Raises `SurgeryError` for rows without one."""
-        self.seed, self.draws = seed, 0
+        self.rows, self.seed, self.draws = rows, seed, 0
+        self._orders: dict[str, tuple[int, list[int]]] = {}
+        self.items: dict[str, Rows | list[Row]] = {}
         if self.categories:
-            self.items: dict[str, Rows | list[Row]] = {
-                name: rows_of(written, seed + i) for i, (name, written) in enumerate(self.categories.items())
-            }
+            parts = [rows_of(written, seed + i) for i, written in enumerate(self.categories.values())]
+            self.items = dict(zip(self.categories, parts, strict=True))
+            self.rows = MixedRows(parts, [1.0] * len(parts), seed)  # what the columns are checked of
+            self.rows.columns.add(self.column)
         else:
-            self.items = {}
             for row in _finite(rows, self.pool):
                 if row.get(self.column) is None:
                     raise SurgeryError(
@@ -143,9 +145,10 @@ class ByCategory:
         size = len(items) if isinstance(items, list) else items.size
         if size != math.inf:
             epoch, at = divmod(at, int(size))
-            order = list(range(int(size)))
-            Random(f"{self.seed}/{name}/{epoch}").shuffle(order)
-            at = order[at]
+            if self._orders.get(name, (-1, []))[0] != epoch:
+                self._orders[name] = epoch, list(range(int(size)))
+                Random(f"{self.seed}/{name}/{epoch}").shuffle(self._orders[name][1])
+            at = self._orders[name][1][at]
         return dict(items[at]) if isinstance(items, list) else items.row(at)
 
     def update(self, batch: Batch) -> None:

@@ -43,6 +43,10 @@ def plan(recipe: Recipe) -> Plan:
     rows = {"main": rows_of(recipe.data, recipe.seed)}
     if recipe.demonstrations is not None:
         rows["demonstrations"] = rows_of(recipe.demonstrations, recipe.seed + 1)
+    curricula = {kind: made(CURRICULA, recipe.curriculum if kind == "main" else "shuffled") for kind in rows}
+    for kind, curriculum in curricula.items():
+        curriculum.start(rows[kind], recipe.seed)
+        rows[kind] = getattr(curriculum, "rows", rows[kind])  # one with categories may have data of its own
     rewards = build_rewards(recipe.reward, folder=recipe.folder) if recipe.reward is not None else None
     settings: dict[str, Any] = {
         "group": recipe.rollouts.group,
@@ -54,10 +58,6 @@ def plan(recipe: Recipe) -> Plan:
     objective.check(settings)
     source.check(settings)
     _check(recipe, kinds, source, rows, rewards)
-    curricula = {}
-    for kind, part in rows.items():
-        curricula[kind] = made(CURRICULA, recipe.curriculum if kind == "main" else "shuffled")
-        curricula[kind].start(part, recipe.seed)
     evaluation = None
     if recipe.evaluate.every:
         evaluation = rows_of(recipe.evaluate.data or recipe.data, recipe.seed + HELD_OUT)

@@ -160,6 +160,10 @@ def test_shuffled_has_every_row_once_an_epoch():
         ({"curriculum": "sec", "data": [{"prompt": "a"}] * 4}, "no 'category'"),
         ({"curriculum": "by_difficulty", "data": [{"prompt": "a", "difficulty": "hard"}] * 4}, "'hard'"),
         ({"curriculum": {"sec": {"temperature": 0}}}, "temperature 0"),
+        (
+            {"curriculum": {"sec": {"categories": {"a": [{"prompt": "p"}]}}}, "source": "prefix"},
+            "no column 'completion'",
+        ),
         ({"curriculum": {"sec": {"tau": 1}}}, "no parameter 'tau'"),
         ({"curriculum": {"sec": {"categories": {"a": {"task": "chian"}}}}}, "chian"),
     ],

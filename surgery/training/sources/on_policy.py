@@ -133,9 +133,7 @@ class PassRateBand(OnPolicy):
 
     def _row(self, seed: int, at: int) -> Row:
         epoch, at = divmod(at, len(self.kept))
-        order = list(range(len(self.kept)))
-        Random(f"{seed}/band/{epoch}").shuffle(order)
-        return dict(self.kept[order[at]])
+        return dict(Random(f"{seed}/band/{epoch}").sample(self.kept, len(self.kept))[at])
 
     def state_dict(self) -> dict[str, Any]:
         """The rows inside the band and the cursor."""
