@@ -1,6 +1,6 @@
 """What a run leaves on disk, and how it goes on from there bit for bit: safetensors and JSON, each folder whole or not.
 
-out/recipe.json        the recipe
+out/recipe.json        the recipe                 out/memory.json      bytes it was estimated to take
 out/metrics.jsonl      one line a step            out/rollouts.jsonl   one line a rollout
 out/checkpoint-000100  all that resuming needs    out/model            the result, as transformers writes it
 
@@ -64,9 +64,10 @@ def _claim(trainer: Trainer, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for left in (*out.glob(".checkpoint.*"), *out.glob(".model.*")):
         shutil.rmtree(left, ignore_errors=True)
-    temporary = out / ".recipe.json"
-    temporary.write_text(json.dumps(as_words(trainer.recipe), indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, out / "recipe.json")
+    for name, words in (("memory.json", trainer.memory.to_dict()), ("recipe.json", as_words(trainer.recipe))):
+        temporary = out / f".{name}"
+        temporary.write_text(json.dumps(words, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, out / name)
 
 
 def save(trainer: Trainer) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from surgery.errors import SurgeryError
-from surgery.training.batch import Batch
+from surgery.training.batch import Batch, right_padded
 from surgery.training.curriculum import Curriculum
 from surgery.training.data import Row, demonstrations, pad_id, pairs, prompt_ids
 from surgery.training.distributed import World
@@ -49,6 +49,10 @@ class Context:
         self.recipe, self.policy, self.tokenizer, self.world = recipe, policy, tokenizer, world
         self.curricula, self.rewards, self.reference = curricula, rewards, reference
         self._generator = generator
+        config: Any = getattr(policy.model, "config", None)
+        config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        self.room: int = getattr(config, "max_position_embeddings", None) or 0
+        """Tokens that the model's context holds (0: it doesn't say)."""
         self.iteration = self.step = 0
         self.seconds: dict[str, float] = {}
         """Time since the last log line, by activity."""
@@ -73,7 +77,16 @@ class Context:
     def encode(self, rows: Sequence[Row], kind: str = "demonstrations") -> Batch:
         """Rows as a batch of demonstrations or pairs."""
         make = pairs if kind == "pairs" else demonstrations
-        return make(rows, self.tokenizer, chat=self.recipe.chat, max_length=self.recipe.batch.max_length)
+        batch = make(rows, self.tokenizer, chat=self.recipe.chat, max_length=self.recipe.batch.max_length)
+        read = batch.prompt_mask.sum(1) + batch.lengths - 1  # the last token is only predicted
+        if self.room and int(read.max()) > self.room:
+            row = int(read.argmax())
+            raise SurgeryError(
+                f"A row of {int(read[row]) + 1} tokens, with prompt {str(batch.rows[row].get('prompt'))[:80]!r}, does "
+                f"not fit into the model's context of {self.room}.",
+                hint="Drop such rows, or cut them: batch.max_length.",
+            )
+        return batch
 
     # ---- work: shared out by rows
 
@@ -150,10 +163,7 @@ class Context:
         for component, values in scored.components.items():
             batch[f"reward/{component}"] = numbers(values)
         batch["truncated"] = torch.tensor([r.truncated for r in rollouts])
-        sampled = torch.zeros(batch.mask.shape)
-        for i, r in enumerate(rollouts):
-            sampled[i, : len(r.log_probs)] = torch.tensor(r.log_probs)
-        batch["sampled_log_probs"] = sampled
+        batch["sampled_log_probs"] = right_padded([r.log_probs for r in rollouts], batch.mask.shape[1], 0.0)
         return batch
 
     def scores(self, batch: Batch, policy: Policy | None = None, **asks: bool) -> dict[str, Tensor]:

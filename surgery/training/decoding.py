@@ -164,7 +164,7 @@ class CausalDecoder:
     def __init__(self, model: nn.Module, room: int = ROOM) -> None:
         inner = _unwrapped(model)
         self._config = inner.config.get_text_config(decoder=True)
-        standard = "past_key_values" in inspect.signature(inner.forward).parameters and _standard(self._config)
+        standard = "past_key_values" in inspect.signature(inner.forward).parameters and standard_cache(self._config)
         if not standard or inner.config.is_encoder_decoder or _prompt_learning(model):
             raise SurgeryError(
                 f"{type(inner).__name__} can't be decoded row by row here: it has no standard key-value cache, or an "
@@ -241,7 +241,7 @@ def _cache(config: Any, room: int = ROOM) -> Any:
     return cache
 
 
-def _standard(config: Any) -> bool:
+def standard_cache(config: Any) -> bool:
     """Whether every layer remembers keys and values and nothing else."""
     from transformers.cache_utils import DynamicSlidingWindowLayer
 

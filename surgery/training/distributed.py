@@ -175,7 +175,7 @@ def shard(policy: nn.Module, world: World, *, half: bool) -> None:
 
     mesh = init_device_mesh(world.device.type, (world.size,))
     kinds = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
-    for member in (policy.model, *policy.backbones):  # type: ignore[union-attr,misc]
+    for member in (policy.model, *policy.backbones):  # type: ignore[misc]
         for layer in layers(member):
             fully_shard(layer, mesh=mesh, mp_policy=kinds)
     fully_shard(policy, mesh=mesh, mp_policy=kinds, reshard_after_forward=True)

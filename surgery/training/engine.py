@@ -12,7 +12,6 @@ schedules), never here.
 from __future__ import annotations
 
 import copy
-import fnmatch
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +31,7 @@ from surgery.training.batch import Batch
 from surgery.training.context import Context
 from surgery.training.evaluation import evaluate
 from surgery.training.log import Log, rollout_metrics
+from surgery.training.memory import estimate, lengths
 from surgery.training.objectives import Loss
 from surgery.training.plan import Plan, plan
 from surgery.training.policy import Policy, checkpoints_activations, without_dropout
@@ -93,7 +93,7 @@ class Trainer:
         samples = "rollouts" in source.gives or getattr(source, "samples", False)
         sampling = Sampling(**recipe.rollouts.model_dump(exclude={"prompts", "group"}))
         if generator is None and samples:
-            generator = LocalGenerator(self.policy.decoder(), tokenizer, sampling)  # type: ignore[arg-type]
+            generator = LocalGenerator(self.policy.decoder(), tokenizer, sampling)
         self.context = Context(
             recipe, self.policy, tokenizer, self.world, self.parts.curricula, self.parts.rewards, generator,
             self.reference,
@@ -103,6 +103,11 @@ class Trainer:
         self.pieces: list[Piece] = []
         self.on_step = on_step
         self.log = Log(self.out if self.world.main else None, recipe, self.world)
+        prompt, completion = lengths(recipe, self.parts, tokenizer)
+        self.memory = estimate(
+            recipe, model, self.parts, prompt=prompt, completion=completion, backbones=backbones or (),
+            processes=self.world.size,
+        )  # fmt: skip
 
     # ---- the loop
 
@@ -320,11 +325,8 @@ class Trainer:
         """Only parameters that fit `trainable` and none of `frozen` move."""
         chosen = 0
         for name, p in self.policy.model.named_parameters():
-            wanted = self.recipe.trainable is None and p.requires_grad
-            wanted |= any(fnmatch.fnmatch(name, pattern) for pattern in self.recipe.trainable or [])
-            wanted &= not any(fnmatch.fnmatch(name, pattern) for pattern in self.recipe.frozen)
-            p.requires_grad_(wanted)
-            chosen += wanted
+            p.requires_grad_(self.recipe.moves(name, p.requires_grad))
+            chosen += p.requires_grad
         if not chosen:
             raise SurgeryError("No parameter of the model may move.", hint="Look at `trainable` and `frozen`.")
 

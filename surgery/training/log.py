@@ -115,8 +115,8 @@ class Log:
         for name in FILES if self.folder is not None else ():
             assert self.folder is not None
             if (self.folder / name).exists():
-                with (self.folder / name).open("r+b") as file:
-                    file.truncate(position.get(name, 0))
+                with (self.folder / name).open("r+b") as file:  # a power cut may have left less than was written
+                    file.truncate(min(position.get(name, 0), (self.folder / name).stat().st_size))
 
     def _write(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
         if self.folder is None:

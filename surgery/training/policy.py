@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
 from surgery.training.batch import Batch
-from surgery.training.decoding import CausalDecoder, Decoder, backbone_and_head
+from surgery.training.decoding import CausalDecoder, Decoder, backbone_and_head, standard_cache
 from surgery.training.summed import SummedDecoder, check_vocabularies
 
 LOGITS = 1 << 24
@@ -81,11 +81,18 @@ class Policy(nn.Module):
                 states.append(self._states(member, batch))
         heads = [self._parts(member)[1] for member in self.members]
         there = batch.attended
-        targets = batch.completion_ids[there]
-        log_probs, spread = token_log_probs([s[there] for s in states], heads, targets, batch.temperature, entropy)
+        everywhere = bool(there.all())  # then nothing is gathered, nor scattered in the backward pass
+
+        def real(padded: Tensor) -> Tensor:
+            return padded.flatten(0, 1) if everywhere else padded[there]
 
         def padded(flat: Tensor | None) -> Tensor | None:
-            return None if flat is None else flat.new_zeros(there.shape).masked_scatter(there, flat)
+            if flat is None or everywhere:
+                return flat if flat is None else flat.view(there.shape)
+            return flat.new_zeros(there.shape).masked_scatter(there, flat)
+
+        targets = real(batch.completion_ids)
+        log_probs, spread = token_log_probs([real(s) for s in states], heads, targets, batch.temperature, entropy)
 
         value = self.extras["value"](at_least_float32(states[0])).squeeze(-1) * there if values else None
         found = padded(log_probs)
@@ -115,7 +122,8 @@ class Policy(nn.Module):
         read = batch.completion_ids if batch.inputs is None else batch.inputs
         if batch.unseen is not None:
             return self._partly_seen(member, batch, read, batch.unseen)
-        if batch.group > 1 and self.share_prompts and not _checkpointing(member) and _full_attention(member, batch):
+        shares = batch.group > 1 and self.share_prompts and self._parts(member)[0].remembers
+        if shares and not _checkpointing(member) and _full_attention(member, batch):
             return self._shared(member, batch, read)
         if self.packing and self._parts(member)[0].positions and _full_attention(member, batch):
             return self._packed(member, batch, read)
@@ -183,7 +191,11 @@ class _Backbone:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.positions = "position_ids" in inspect.signature(module.forward).parameters
+        accepted = inspect.signature(module.forward).parameters
+        self.positions = "position_ids" in accepted
+        config: Any = getattr(module, "config", None)
+        self.remembers = config is not None and "past_key_values" in accepted and standard_cache(config)
+        """Whether keys and values are all that it remembers of a prompt: then a group can share them."""
 
     def __call__(self, ids: Tensor, mask: Tensor, *, positions: Tensor | None = None, cache: Any = None) -> Tensor:
         """(rows, pos, d_model) for `ids`; `mask` is (rows, pos with the cache), or (rows, 1, pos, pos) as it is."""

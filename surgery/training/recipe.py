@@ -14,6 +14,7 @@ Everything is checked before a model is loaded: names, parameters, impossible co
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,6 +118,11 @@ class Recipe(_Part):
     seed: int = 0
     output: Path | None = None
     folder: Path = Field(Path("."), exclude=True, description="where files that the recipe names are looked up")
+
+    def moves(self, name: str, before: bool = True) -> bool:
+        """Whether the parameter `name` is trained; without `trainable`, those are that moved `before`."""
+        wanted = before if self.trainable is None else any(fnmatch(name, pattern) for pattern in self.trainable)
+        return wanted and not any(fnmatch(name, pattern) for pattern in self.frozen)
 
 
 def load(path: str | Path, changes: Sequence[str] = ()) -> Recipe:

@@ -51,7 +51,7 @@ def undrawn(tensors: Mapping[str, Tensor], words: list[dict[str, Any]]) -> list[
 
 def random_state() -> dict[str, Any]:
     """States of the global generators: nothing here draws from them, a plug-in or a dropout may."""
-    version, keys, *rest = np.random.get_state()  # type: ignore[misc]
+    version, keys, *rest = np.random.get_state()
     devices = []
     if torch.cuda.is_available():
         devices = [state.tolist() for state in torch.cuda.get_rng_state_all()]

@@ -209,6 +209,16 @@ def test_backbones_add_logits_and_stay_frozen():
     assert found and all(name.startswith("model.") for name in found)
 
 
+def test_a_model_that_remembers_otherwise_shares_no_prompts():
+    """State spaces ignore a cache of keys and values: sharing one would leave the prompt out without a word."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4))
+    batch = Batch.of([[5, 6, 7]] * 2, [[3, 4, 5], [6, 2]], group=2)
+    torch.testing.assert_close(Policy(model)(batch).log_probs, by_hand(model, batch), rtol=0, atol=1e-5)
+
+
 def test_dropout_is_off_and_comes_back():
     model = family("gpt2")
     rates = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
