@@ -76,7 +76,7 @@ def signs(now: Mapping[str, float], began: Mapping[str, float], recipe: Recipe) 
             "its end rarely earns a reward. Raise rollouts.max_new_tokens, or teach the model to end: SFT first, "
             "rollouts.stop, the reward soft_overlong."
         )
-    if now.get("zero_variance", 0.0) > ZERO_VARIANCE:
+    if now.get("zero_variance", 0.0) > ZERO_VARIANCE and recipe.rollouts.group > 1:  # PPO may draw one a prompt
         found["zero_variance"] = _no_variance(now)
     for name, value in now.items():
         if name.startswith("reward/") and math.isnan(value):

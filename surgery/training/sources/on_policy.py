@@ -16,6 +16,7 @@ from surgery.registry import nearest
 from surgery.training.advantages import group_deviation
 from surgery.training.batch import Batch
 from surgery.training.data import Row
+from surgery.training.signs import TrainingWarning
 from surgery.training.sources.base import SOURCES, Source, Update, joined
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ class PassRateBand(OnPolicy):
             warnings.warn(
                 f"None of {self.pool} prompts has a pass rate within [{self.low}, {self.high}] (they are from "
                 f"{float(rate.min()):.2f} to {float(rate.max()):.2f}): all are kept.",
+                TrainingWarning,
                 stacklevel=2,
             )
             self.kept = rows

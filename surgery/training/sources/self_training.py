@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.errors import SurgeryError
 from surgery.registry import Registry
 from surgery.training.data import Row, prompt_ids
+from surgery.training.signs import TrainingWarning
 from surgery.training.sources.base import SOURCES, Source, Update
 from surgery.training.sources.on_policy import known_metric
 
@@ -96,6 +97,7 @@ class ExpertIteration(Source):
                 return [{**row, "completion": text} for row, text in kept] + original
             warnings.warn(
                 f"Round {self.rounds + 1}: no completion of {len(rows)} prompts reached {self.threshold}; skipped.",
+                TrainingWarning,
                 stacklevel=2,
             )
         raise SurgeryError(
