@@ -36,7 +36,7 @@ class MaskedThought(SFT):
 
     mask_rate: Number = Linear(0.0, 0.4, over=2 / 3)
     token: str | int = "pad"
-    """What stands in for a hidden token: the padding token, `new` (one the tokenizer never writes: a spare row of the
+    """What stands in for a hidden token: the padding token (whose embedding many models never train), `new` (one the tokenizer never writes: a spare row of the
     embedding), `random` (any token, another each time), or a token's id."""
     drop_attention: bool = False
     """Nothing attends to hidden tokens either."""
@@ -51,7 +51,8 @@ class MaskedThought(SFT):
     def prepare(self, batch: Batch, context: Context) -> None:
         """A number in [0, 1) for every input token, hidden when the rate is above it, and what then stands there."""
         noise, instead = torch.ones(batch.completion_ids.shape), torch.zeros_like(batch.completion_ids)
-        vocabulary = context.policy.model.get_input_embeddings().num_embeddings
+        model: Any = context.policy.model
+        vocabulary = model.get_input_embeddings().num_embeddings
         for i, length in enumerate(batch.lengths.tolist()):
             generator = torch.Generator().manual_seed(context.seed("masked_thought", i))
             noise[i, :length] = torch.rand(length, generator=generator)

@@ -111,6 +111,16 @@ def test_without_attention_to_them_hidden_tokens_do_not_matter():
     assert (found[0] - policy(batch).log_probs).abs().max() > 1e-3
 
 
+def test_drop_attention_takes_hidden_tokens_out_of_attention():
+    objective = MaskedThought(mask_rate=0.5, drop_attention=True)
+    policy, batch, _ = prepared(objective)
+    seen = Seen(policy)
+    loss = objective.loss(seen, batch)
+    assert torch.equal(seen.batch.unseen & batch.attended, (seen.batch.inputs == PAD) & batch.attended)
+    with_attention = MaskedThought(mask_rate=0.5).loss(policy, batch)
+    assert abs(float(loss.value.detach() - with_attention.value.detach())) > 1e-3
+
+
 def test_a_token_beyond_the_embedding_is_refused():
     objective = MaskedThought(token="new")
     with pytest.raises(SurgeryError, match="embedding has 10 rows"):
