@@ -129,11 +129,16 @@ def rows_of(written: Any, seed: int = 0) -> Rows:
         return TaskRows(written, seed)
     if not written:
         raise SurgeryError("`data` is empty.", hint="data: {task: chain}")
-    if not any(isinstance(entry, Mapping) and ({"task", "file", "hub"} & set(entry)) for entry in written):
+    if not any(isinstance(entry, str) or _is_source(entry) for entry in written):
         return ListRows(written)
     entries = [{"task": e} if isinstance(e, str) else dict(e) for e in written]
     shares = [float(entry.pop("share", 1.0)) for entry in entries]
     return MixedRows([_one(entry, seed) for entry in entries], shares, seed)
+
+
+def _is_source(entry: Mapping[str, Any]) -> bool:
+    """Whether a mapping names data rather than being a row; rows of a task have its name beside their prompt."""
+    return bool({"file", "hub"} & set(entry)) or ("task" in entry and "prompt" not in entry)
 
 
 def _one(entry: Row, seed: int) -> Rows:

@@ -7,7 +7,7 @@ import torch
 from tiny_runs import llama, tokenizer
 
 from surgery.errors import SurgeryError
-from surgery.tasks import verify
+from surgery.tasks import TASKS, verify
 from surgery.training.batch import Batch
 from surgery.training.data import ListRows, completion_ids, demonstrations, pairs, prompt_ids, rows_of, transformed
 from surgery.training.objectives import SFT
@@ -241,3 +241,11 @@ def test_refused_before_a_model_is_loaded(data, message):
 def test_dpo_needs_pairs():
     with pytest.raises(SurgeryError, match="no column 'chosen'"):
         plan(make({"model": "/nowhere", "data": "chain", "objective": "dpo"}))
+
+
+def test_rows_of_a_task_in_a_list_are_rows_and_names_of_tasks_are_tasks():
+    listed = [TASKS.lookup("chain").row(0, i) for i in range(3)]
+    assert "task" in listed[0]
+    assert rows_of(listed).rows == listed
+    drawn = {rows_of(["chain", "copy"]).row(i)["task"] for i in range(20)}
+    assert drawn == {"chain", "copy"}
