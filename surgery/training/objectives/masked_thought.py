@@ -36,8 +36,8 @@ class MaskedThought(SFT):
 
     mask_rate: Number = Linear(0.0, 0.4, over=2 / 3)
     token: str | int = "pad"
-    """What stands in for a hidden token: the padding token (whose embedding many models never train), `new` (one the tokenizer never writes: a spare row of the
-    embedding), `random` (any token, another each time), or a token's id."""
+    """What stands in for a hidden token: the padding token (whose embedding many models never train), `new` (one that
+    the tokenizer never writes: a spare row of the embedding), `random` (any token, another each time), or an id."""
     drop_attention: bool = False
     """Nothing attends to hidden tokens either."""
 
