@@ -63,17 +63,16 @@ class Batch:
         **more: Any,
     ) -> Batch:
         """Pads lists of token ids. `masks` marks the completion tokens that count (default: all of them)."""
-        n = len(prompts)
-        width, length = max(map(len, prompts), default=1), max(1, max(map(len, completions), default=1))
-        prompt_ids = torch.full((n, width), pad)
-        prompt_mask = torch.zeros(n, width, dtype=torch.bool)
-        completion_ids, mask = torch.full((n, length), pad), torch.zeros(n, length)
-        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            prompt_ids[i, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
-            prompt_mask[i, width - len(prompt) :] = True
-            completion_ids[i, : len(completion)] = torch.tensor(completion, dtype=torch.long)
-            mask[i, : len(completion)] = torch.tensor(masks[i]) if masks is not None else 1.0
-        lengths = torch.tensor([len(c) for c in completions])
+        n, sizes = len(prompts), [len(c) for c in completions]
+        assert n == len(sizes) and (masks is None or [len(m) for m in masks] == sizes)
+        width, length = max(map(len, prompts), default=1), max([1, *sizes])
+        lengths = torch.tensor(sizes, dtype=torch.long)
+        before = torch.tensor([width - len(p) for p in prompts], dtype=torch.long)
+        prompt_ids = right_padded([[*[pad] * (width - len(p)), *p] for p in prompts], width, pad)
+        prompt_mask = torch.arange(width) >= before[:, None]
+        completion_ids = right_padded(completions, length, pad)
+        there = torch.arange(length) < lengths[:, None]
+        mask = there.float() if masks is None else right_padded(masks, length, 0.0)
         found = [dict(row) for row in rows] if rows is not None else [{} for _ in range(n)]
         batch = cls(prompt_ids, prompt_mask, completion_ids, lengths, mask, found, **more)
         return batch.with_totals()
@@ -143,3 +142,9 @@ class Batch:
         """Micro-batches of at most `rows` rows: whole groups where a group fits."""
         step = max(1, rows // self.group) * self.group if self.group <= rows else rows
         return [self.select(range(i, min(i + step, len(self)))) for i in range(0, len(self), step)]
+
+
+def right_padded(rows: Sequence[Sequence[float]], width: int, fill: float) -> Tensor:
+    """(rows, width): int64 or float32, as `fill` is. One tensor at once is quicker than one a row."""
+    kind = torch.long if isinstance(fill, int) else torch.float32
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=kind).view(len(rows), width)
