@@ -292,9 +292,10 @@ class Trainer:
         """Modes, flags and trainable parameters as the recipe wants them; afterwards as they were."""
         model = self.policy.model
         flags = {name: p.requires_grad for name, p in model.named_parameters()}
-        modes = [(m, m.training) for m in model.modules()]
+        modes = [(m, m.training) for m in self.policy.modules()]
         use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         checkpointed = checkpoints_activations(model)
+        hooked = bool(getattr(model, "_require_grads_hooks", None))
         with ExitStack() as stack:
             try:
                 self._choose_parameters()
@@ -303,6 +304,7 @@ class Trainer:
                     enable(gradient_checkpointing_kwargs={"use_reentrant": False})
                 if self.recipe.dropout:
                     self.policy.train()
+                    self.policy.backbones.eval()
                 else:
                     stack.enter_context(without_dropout(self.policy))
                 for policy in (self.policy, self.reference) if self.sharded else ():
@@ -312,6 +314,8 @@ class Trainer:
             finally:
                 if self.recipe.gradient_checkpointing and not checkpointed:
                     model.gradient_checkpointing_disable()  # type: ignore[operator]
+                    if not hooked:  # transformers leaves a hook on the input embedding
+                        model.disable_input_require_grads()  # type: ignore[operator]
                 for name, p in model.named_parameters():
                     p.requires_grad_(flags[name])
                     p.grad = None

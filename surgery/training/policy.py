@@ -104,9 +104,9 @@ class Policy(nn.Module):
         return SummedDecoder(self.members) if self.backbones else CausalDecoder(self.model)
 
     def snapshot(self) -> Policy:
-        """A frozen copy of this very object as it is now: the reference policy."""
-        parts = copy.deepcopy(self.model).requires_grad_(False), self.backbones
-        return Policy(*parts, share_prompts=self.share_prompts, packing=self.packing)
+        """A frozen copy of this very object as it is now, without dropout: the reference policy."""
+        model = copy.deepcopy(self.model).requires_grad_(False).eval()
+        return Policy(model, list(self.backbones), share_prompts=self.share_prompts, packing=self.packing)
 
     # ---- the pass
 
