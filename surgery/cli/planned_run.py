@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import math
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from surgery.errors import SurgeryError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from surgery.training.memory import Memory
     from surgery.training.plan import Plan
     from surgery.training.recipe import Recipe
 
@@ -29,6 +30,7 @@ class Ready:
     """Whether it draws rollouts."""
     told: dict[str, Any]
     """What will run, word by word."""
+    memory: Memory
     notes: list[str]
 
     def table(self) -> Table:
@@ -39,8 +41,8 @@ class Ready:
         table.add_column(style="bold")
         table.add_column(overflow="fold")
         for name, value in self.told.items():
-            if name != "recipe" and value not in (None, ""):
-                table.add_row(name, value if isinstance(value, str) else json.dumps(value))
+            if name != "recipe" and value:
+                table.add_row(name, self.memory.render() if name == "memory" else value)
         return table
 
 
@@ -60,21 +62,27 @@ def ready(recipe: Recipe, folder: Path, *, resume: bool, only: bool) -> Ready:
     if not only:
         check_folder(folder, resume)
     samples = parts.rewards is not None and ("rollouts" in parts.source.gives or _samples(parts.source))
+    trainable = _trainable(recipe)
+    notes = _going_on(recipe, folder) if resume else []
+    memory = _memory(recipe, parts)  # the first that needs transformers: by now nothing is known to be wrong
     told = {
         "recipe": recipe.name,
         "objective": written(parts.objective),
         "source": written(parts.source),
         "data": _data(recipe, parts),
+        "curriculum": "" if recipe.curriculum == "shuffled" else written(parts.curricula["main"]),
         "reward": _rewards(parts) if samples else "",
         "model": str(recipe.model),
-        "trainable": _trainable(recipe),
+        "backbone": _short(recipe.backbone) if recipe.backbone else "",
+        "trainable": trainable,
         "updates": _updates(recipe, samples),
         "evaluation": f"greedy, {recipe.evaluate.n} rows every {recipe.evaluate.every} steps"
         if parts.evaluation
         else "",
+        "memory": memory.to_dict(),
         "output": f"{folder}" + (" (going on)" if resume else ""),
     }
-    return Ready(parts, samples, told, _going_on(recipe, folder) if resume else [])
+    return Ready(parts, samples, told, memory, notes)
 
 
 def _samples(source: Any) -> bool:
@@ -82,18 +90,23 @@ def _samples(source: Any) -> bool:
 
 
 def written(thing: Any) -> str:
-    """`grpo (beta 0.04)`: a part by its name, with what is not as usual."""
+    """`grpo (beta 0.04)`: a part by its name, with its numbers, and what else is not as usual."""
+    from surgery.training.curriculum import CURRICULA
     from surgery.training.objectives import OBJECTIVES
     from surgery.training.sources import SOURCES
 
     if (parts := getattr(thing, "parts", None)) is not None:
         many = [part if isinstance(part, tuple) else (1.0, part) for part in parts]
         return " + ".join((f"{weight} * " if weight != 1.0 else "") + written(part) for weight, part in many)
-    known: dict[str, Any] = {**OBJECTIVES, **SOURCES}
+    known: dict[str, Any] = {**OBJECTIVES, **SOURCES, **CURRICULA}
     name = next((n for n, kind in known.items() if kind is type(thing)), type(thing).__name__)
-    values = {f.name: getattr(thing, f.name) for f in fields(thing) if f.init} if is_dataclass(thing) else {}
-    plain = {k: v for k, v in values.items() if isinstance(v, str | int | float | bool) and v not in ("", False)}
-    return name + (f" ({', '.join(f'{k} {v}' for k, v in plain.items())})" if plain else "")
+    told = []
+    for f in fields(thing) if is_dataclass(thing) else ():
+        value, usual = getattr(thing, f.name), f.default is not MISSING and getattr(thing, f.name) == f.default
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if f.init and not f.name.startswith("_") and (number or (not usual and f.default is not MISSING)):
+            told.append(f"{f.name} {value:g}" if number else f"{f.name} {value}")
+    return name + (f" ({', '.join(told)})" if told else "")
 
 
 def _data(recipe: Recipe, parts: Plan) -> str:
@@ -117,12 +130,8 @@ def _trainable(recipe: Recipe) -> str:
     """How many numbers move, by the names in the checkpoint's header."""
     from surgery.checkpoint import open_checkpoint
 
-    if not isinstance(recipe.model, str | Path):
-        return ""
     sizes = {name: info.numel for name, info in open_checkpoint(models.model(str(recipe.model))).tensors.items()}
-    chosen = recipe.trainable if recipe.trainable is not None else ["*"]
-    moving = {name for name in sizes if any(fnmatch.fnmatch(name, p) for p in chosen)}
-    moving -= {name for name in sizes if any(fnmatch.fnmatch(name, p) for p in recipe.frozen)}
+    moving = {name for name in sizes if recipe.moves(name)}
     if not moving:
         raise SurgeryError(
             "No parameter of the model may move.",
@@ -130,6 +139,31 @@ def _trainable(recipe: Recipe) -> str:
         )
     many, all_ = sum(sizes[name] for name in moving), sum(sizes.values())
     return f"{many:,} of {all_:,} numbers" + ("" if many == all_ else f", in {frame.count(len(moving), 'tensor')}")
+
+
+def _memory(recipe: Recipe, parts: Plan) -> Memory:
+    """Of one process, from models without numbers and from the lengths of the first rows."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from surgery.checkpoint.reader import locate
+    from surgery.training.memory import estimate, lengths
+
+    def empty(name: Any) -> Any:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(locate(models.model(str(name)))))
+
+    backbones = recipe.backbone if isinstance(recipe.backbone, list) else [recipe.backbone] if recipe.backbone else []
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(locate(models.model(str(recipe.model))))
+        model, frozen = empty(recipe.model), [empty(name) for name in backbones]
+    except (OSError, ValueError) as error:
+        raise SurgeryError(f"The model '{recipe.model}' can't be loaded: {str(error).splitlines()[0]}") from error
+    prompt, completion = lengths(recipe, parts, tokenizer)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return estimate(
+        recipe, model.float(), parts, prompt=prompt, completion=completion, backbones=frozen, processes=processes
+    )
 
 
 def _updates(recipe: Recipe, samples: bool) -> str:

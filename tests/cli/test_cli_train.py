@@ -78,10 +78,10 @@ def test_a_run_that_can_not_work_is_refused_in_a_sentence(recipe, tmp_path, chan
     assert not (tmp_path / "out").exists()
 
 
-def test_refusing_and_planning_load_no_model(recipe, tmp_path):
+def test_what_is_refused_is_refused_without_transformers(recipe, tmp_path):
     for argv, code in (
         (["train", recipe(GRPO), "--set", "rollouts.group=1"], 2),
-        (["train", recipe(GRPO), "--plan"], 0),
+        (["train", recipe(GRPO, frozen=["*"])], 2),
         (["train", "no_such_recipe"], 2),
     ):
         done = subprocess.run([sys.executable, "-c", HEAVY, *argv], capture_output=True, text=True, timeout=60)
@@ -104,12 +104,15 @@ def test_the_plan_says_what_would_run(recipe, tmp_path, capsys):
     assert main([*argv, "-o", str(tmp_path / "out"), "--plan"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     for words in ("grpo (", "beta 0.02", "on_policy", "chain", "accuracy + 0.2 * format", "tiny-base", "3 steps",
-                  "4 prompts x 4 completions of at most 12 tokens", "2 updates", "every 3 steps"):  # fmt: skip
+                  "4 prompts x 4 completions of at most 12 tokens", "2 updates", "every 3 steps",
+                  "weights "):  # fmt: skip
         assert words in said, words
     assert main([*argv, "--dry-run", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["output"] == "runs/small" and " of 447,552 numbers" in told["trainable"]
-    assert 0 < int(told["trainable"].split()[0].replace(",", "")) < 447_552
+    moving, _, whole, *_ = told["trainable"].replace(",", "").split()
+    assert 0 < int(moving) < int(whole)
+    assert told["memory"]["weights"] >= 4 * int(whole) > told["memory"]["gradients"] > 0
+    assert told["output"] == "runs/small"
     assert not (tmp_path / "out").exists()
 
 
@@ -120,7 +123,7 @@ def test_a_run_says_what_was_done_and_where_it_is(recipe, tmp_path, capsys):
     assert "accuracy: " in captured.out and " before, " in captured.out
     for name in ("model", "metrics.jsonl", "curves.png"):
         assert str(tmp_path / "out" / name) in captured.out and (tmp_path / "out" / name).exists()
-    assert "sft" in captured.err and "447,552" in captured.err  # what will run, before it does
+    assert "sft" in captured.err and "trainable" in captured.err  # what will run, before it does
     assert "step 2/2 · loss" in captured.err and "Loading weights" not in captured.err
 
 
