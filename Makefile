@@ -39,6 +39,7 @@ demo: install     ## extract, inspect, merge and evaluate the embedded tiny fami
 
 bench: install    ## speed and memory against peers and floors (minutes; quiet machine)
 	$(BIN)/python experiments/benchmarks/merge.py
+	$(BIN)/python experiments/benchmarks/train.py
 
 claims: install   ## every experiment, from training to picture (an hour)
 	$(BIN)/python experiments/merging_tradeoff.py
