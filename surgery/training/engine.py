@@ -221,14 +221,15 @@ class Trainer:
         """This process's micro-batches of an update, each knowing the whole update's denominators."""
         whole = (batch if piece.rows is None or kind != "rollouts" else batch.select(piece.rows)).with_totals()
         whole = replace(whole, step=self.step, steps=self.recipe.steps)
-        mine = whole.select(self.world.share(range(len(whole)), whole.group))
+        alone = self.world.size == 1
+        mine = whole if alone else whole.select(self.world.share(range(len(whole)), whole.group))
         if not len(mine):  # more processes than groups: take part in the collectives, add nothing
             mine = whole.select(range(whole.group))
             mine.columns["idle"] = torch.ones(len(mine))
         rows = self.recipe.batch.micro_batch or len(mine)
         if self.parts.objective.whole_groups and rows % mine.group:
             rows = max(1, rows // mine.group) * mine.group
-        return mine.chunks(rows)
+        return mine.chunks(rows) if rows < len(mine) else [mine]
 
     def _backward(self, micros: list[Batch]) -> tuple[dict[str, tuple[float, float]], list[float]]:
         """Gradients of all micro-batches, summed; metrics as (sum, count), and each micro-batch's loss."""
