@@ -44,8 +44,8 @@ def weights(folder):
 def test_two_processes_give_the_result_of_one(runs):
     two, one, parallel = runs
     for name in parallel_script.RUNS[parallel]:
-        # bfloat16 rounds gradients before they are added up, in another order
-        tolerance = {"rtol": 0, "atol": 3e-3} if name == "half" else {"rtol": 1e-5, "atol": 1e-6}
+        # FSDP2 rounds norms to bfloat16 too, autocast does not: a tenth of what four steps of 3e-2 may move
+        tolerance = {"rtol": 0, "atol": 1e-2} if name == "half" else {"rtol": 1e-5, "atol": 1e-6}
         found, expected = weights(two / name), weights(one / name)
         torch.testing.assert_close(found, expected, **tolerance)
         start = llama().state_dict()
