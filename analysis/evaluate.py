@@ -22,6 +22,7 @@ from analysis.results import Result, concatenate
 from analysis.rows import stated_answer, task_rows
 from surgery.errors import SurgeryError
 from surgery.tasks import TASKS, Example, Task, verify
+from surgery.training.data import encoded_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,7 +71,7 @@ def evaluate(
         model, tokenizer = load(model)
     group = 1 if samples is None else samples
     prompts = [row["prompt"] for row in rows]
-    encoded = [prompt_ids(_needed(tokenizer), prompt, chat) for prompt in prompts]
+    encoded = encoded_prompts(_needed(tokenizer), prompts, chat)
     longest = max_new_tokens or _room(model, encoded)
     sampling = Sampling(longest, 0.0 if samples is None else temperature, batch_size=batch_size)
     drawn = respond(model, encoded, _needed(tokenizer), sampling, group, seed, progress)
@@ -157,7 +158,7 @@ def generate(
     """The greedy completion of each prompt, without special tokens, in the order of `prompts`."""
     from surgery.training.rollouts import Sampling
 
-    encoded = [prompt_ids(tokenizer, prompt, chat) for prompt in prompts]
+    encoded = encoded_prompts(tokenizer, prompts, chat)
     sampling = Sampling(max_new_tokens, temperature=0.0, batch_size=batch_size)
     return [one.text for (one,) in respond(model, encoded, tokenizer, sampling, progress=progress)]
 

@@ -135,7 +135,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """All tensors on `device`."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, columns={k: v.to(device) for k, v in self.columns.items()}, **moved)
 
     def chunks(self, rows: int) -> list[Batch]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from surgery.errors import SurgeryError
 from surgery.training.batch import Batch, right_padded
 from surgery.training.curriculum import Curriculum
-from surgery.training.data import Row, demonstrations, pad_id, pairs, prompt_ids
+from surgery.training.data import Row, demonstrations, encoded_prompts, pad_id, pairs
 from surgery.training.distributed import World
 from surgery.training.policy import Policy
 from surgery.training.recipe import Recipe
@@ -132,7 +132,7 @@ class Context:
     def rollouts(self, rows: Sequence[Row], group: int | None = None, *, name: str = "rollout") -> Batch:
         """Completions of the rows' prompts with their rewards: a batch of kind "rollouts"."""
         group = group or self.recipe.rollouts.group
-        prompts = [prompt_ids(self.tokenizer, row["prompt"], self.recipe.chat) for row in rows]
+        prompts = encoded_prompts(self.tokenizer, [row["prompt"] for row in rows], self.recipe.chat)
         found = self.generate(prompts, group, name=name)
         return self.batch_of(rows, found, group)
 

@@ -216,23 +216,42 @@ def _filled(rows: list[Row], templates: Row, name: str) -> list[Row]:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, chat: bool = False) -> list[int]:
-    """The prompt's tokens: a list of messages (or any text, with `chat`) in the chat template, else with the
+    """The tokens of one prompt: see `encoded_prompts`."""
+    return encoded_prompts(tokenizer, [prompt], chat)[0]
+
+
+def encoded_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], chat: bool = False) -> list[list[int]]:
+    """The prompts' tokens: a list of messages (or any text, with `chat`) in the chat template, else with the
     tokenizer's own first tokens. An end mark that the tokenizer adds is taken off."""
-    if chat or not isinstance(prompt, str):
-        if not getattr(tokenizer, "chat_template", None):
-            raise SurgeryError("This tokenizer has no chat template.", hint="Set chat: false, or give plain prompts.")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    ids = list(tokenizer(prompt)["input_ids"])
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+    if chat or not all(isinstance(prompt, str) for prompt in prompts):
+        return [_turns(tokenizer, p) if chat or not isinstance(p, str) else prompt_ids(tokenizer, p) for p in prompts]
+    end = tokenizer.eos_token_id
+    return [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in _encoded(tokenizer, prompts, special=True)]
+
+
+def _turns(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise SurgeryError("This tokenizer has no chat template.", hint="Set chat: false, or give plain prompts.")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return _encoded(tokenizer, [str(text)], special=False)[0]
 
 
 def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The completion's tokens and the end mark. Tokenised apart from the prompt: the boundary stays where it is."""
+    """The tokens of one completion: see `encoded_completions`."""
+    return encoded_completions(tokenizer, [text])[0]
+
+
+def encoded_completions(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Each completion's tokens and the end mark. Tokenised apart from the prompt: the boundary stays where it is."""
     if tokenizer.eos_token_id is None:
         raise SurgeryError("The tokenizer has no end-of-sequence token: a completion could not be ended.")
-    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return [[*ids, tokenizer.eos_token_id] for ids in _encoded(tokenizer, texts, special=False)]
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+    """All texts in one call: a call costs more than a text."""
+    return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=special)["input_ids"]] if texts else []
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -248,8 +267,8 @@ def demonstrations(
     An empty prompt is the beginning-of-sequence token, so that plain text can be learned whole.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    prompts = [prompt_ids(tokenizer, row["prompt"], chat) or [start] for row in rows]
-    found = [completion_ids(tokenizer, row["completion"]) for row in rows]
+    prompts = [ids or [start] for ids in encoded_prompts(tokenizer, [row["prompt"] for row in rows], chat)]
+    found = encoded_completions(tokenizer, [row["completion"] for row in rows])
     masks = None
     if max_length:  # a row whose prompt alone is as long as that keeps one token, which doesn't count
         masks = [[float(len(p) + i < max_length) for i in range(len(c))] for p, c in zip(prompts, found, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from surgery.training.data import Rows, prompt_ids
+from surgery.training.data import Rows, encoded_prompts
 from surgery.training.rewards import Rewards, make_reward
 from surgery.training.rollouts import LocalGenerator, Sampling
 
@@ -20,12 +20,12 @@ def evaluate(context: Context, rows: Rows) -> dict[str, float]:
     if "answer" in rows.columns and recipe.parallel != "fsdp2":  # sharded models don't decode: see distributed.py
         new = settings.max_new_tokens or recipe.rollouts.max_new_tokens
         greedy = LocalGenerator(
-            context.policy.decoder(),  # type: ignore[arg-type]
+            context.policy.decoder(),
             context.tokenizer,
             Sampling(new, temperature=0, stop=recipe.rollouts.stop, batch_size=settings.batch_size),
         )
         mine = context.world.share(chosen)
-        prompts = [prompt_ids(context.tokenizer, row["prompt"], recipe.chat) for row in mine]
+        prompts = encoded_prompts(context.tokenizer, [row["prompt"] for row in mine], recipe.chat)
         drawn = greedy(prompts, 1, [0] * len(prompts)) if prompts else []
         values = Rewards({"accuracy": (make_reward("accuracy"), 1.0)}).score(mine, drawn).total if drawn else []
         scored = [v for part in context.world.gather(values) for v in part if v is not None]

@@ -100,11 +100,11 @@ class Recipe(_Part):
     curriculum: Any = "shuffled"
     reward: Any = None
     steps: int = Field(100, ge=1, description="optimizer steps")
-    batch: BatchSettings = Field(default_factory=BatchSettings)
-    rollouts: RolloutSettings = Field(default_factory=RolloutSettings)
-    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
-    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
-    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
+    batch: BatchSettings = BatchSettings()  # type: ignore[call-arg]
+    rollouts: RolloutSettings = RolloutSettings()  # type: ignore[call-arg]
+    optimizer: OptimizerSettings = OptimizerSettings()  # type: ignore[call-arg]
+    evaluate: EvaluateSettings = EvaluateSettings()  # type: ignore[call-arg]
+    checkpoint: CheckpointSettings = CheckpointSettings()  # type: ignore[call-arg]
     backbone: Any = Field(None, description="frozen models whose logits are added to the trained one's (UniR)")
     trainable: list[str] | None = Field(None, description="patterns of the parameters that move (default: all)")
     frozen: list[str] = Field(default_factory=list, description="patterns of parameters that stay")

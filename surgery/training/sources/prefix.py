@@ -13,7 +13,7 @@ from torch import Tensor
 from surgery.errors import SurgeryError
 from surgery.training import schedules
 from surgery.training.batch import Batch
-from surgery.training.data import Row, completion_ids, prompt_ids
+from surgery.training.data import Row, completion_ids, encoded_prompts
 from surgery.training.rollouts import Rollout
 from surgery.training.schedules import Cosine, Number
 from surgery.training.sources.base import SOURCES, Source, Update
@@ -63,7 +63,7 @@ class Prefix(Source):
         context.noted["prefix/tokens"] = sum(map(len, prefixes)) / len(prefixes)
         if not any(prefixes):
             return [Update({"rollouts": context.rollouts(rows)})]
-        prompts = [prompt_ids(context.tokenizer, row["prompt"], recipe.chat) for row in rows]
+        prompts = encoded_prompts(context.tokenizer, [row["prompt"] for row in rows], recipe.chat)
         plain = context.generate(prompts, group - 1)
         begun = context.generate([[*p, *y] for p, y in zip(prompts, prefixes, strict=True)], 1, name="prefix")
         rollouts = []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import SurgeryError
 from surgery.registry import Registry
-from surgery.training.data import Row, prompt_ids
+from surgery.training.data import Row, encoded_prompts
 from surgery.training.signs import TrainingWarning
 from surgery.training.sources.base import SOURCES, Source, Update
 from surgery.training.sources.on_policy import known_metric
@@ -113,7 +113,7 @@ class ExpertIteration(Source):
 
     def _tried(self, rows: Sequence[Row], prompts: Sequence[Any], context: Context, name: str) -> list[tuple[Row, str]]:
         """Completions of `prompts` that are right for `rows`, without doubles."""
-        ids = [prompt_ids(context.tokenizer, prompt, context.recipe.chat) for prompt in prompts]
+        ids = encoded_prompts(context.tokenizer, prompts, context.recipe.chat)
         rollouts = context.generate(ids, name=name)
         group = context.recipe.rollouts.group
         scored = context.score(rows, rollouts, group)
