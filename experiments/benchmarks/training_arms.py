@@ -69,7 +69,7 @@ def tokenizer(shape: Shape, objective: str = "grpo") -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", pad_token=names[0])
 
 
-def variety(completions: list[str], **_: Any) -> list[float]:
+def variety(completions: list[str], **_: Any) -> list[float | None]:
     """The reward of all arms: different letters, by length."""
     return [len(set(c)) / max(1, len(c)) for c in completions]
 
@@ -118,6 +118,7 @@ def trl(shape: Shape, steps: int, objective: str = "grpo", checkpointing: bool =
             "learning_rate": LR, "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0,
             "save_strategy": "no", "logging_steps": steps, "disable_tqdm": True, "dataloader_pin_memory": False,
         }  # fmt: skip
+        args: Any
         made: Any
         model, words = shape.model(), tokenizer(shape, objective)
         if objective == "grpo":
