@@ -48,7 +48,7 @@ PASSES = {(192, 32): 0.23, (64, 64): 0.60, (12, 32): 0.83}
 SMOLLM2: dict[str, Any] = {
     "d": 576, "layers": 30, "mlp": 1536, "heads": 9, "kv_heads": 3, "vocabulary": 49152, "tied": True,
 }  # fmt: skip
-MEMORY = [(12, 32, 8, 0), (12, 32, 8, 1), (192, 32, 2, 0), (12, 128, 4, 1)]
+MEMORY = [(12, 32, 8, 0), (192, 32, 2, 0), (12, 32, 8, 1), (12, 128, 4, 1)]
 """Prompt, completion, prompts (of 8 completions each), gradient checkpointing."""
 
 
