@@ -48,7 +48,8 @@ PASSES = {(192, 32): 0.23, (64, 64): 0.60, (12, 32): 0.83}
 SMOLLM2: dict[str, Any] = {
     "d": 576, "layers": 30, "mlp": 1536, "heads": 9, "kv_heads": 3, "vocabulary": 49152, "tied": True,
 }  # fmt: skip
-MEMORY = [(12, 32, 8, 0), (192, 32, 2, 0), (12, 32, 8, 1), (12, 128, 4, 1)]
+PIECE = 16
+MEMORY = [(12, 32, 8, 0), (192, 32, 2, 0), (12, 32, 8, 1)]
 """Prompt, completion, prompts (of 8 completions each), gradient checkpointing."""
 
 
@@ -139,15 +140,16 @@ def reference_passes() -> dict[str, float]:
 
 
 def memory_table() -> list[dict[str, Any]]:
-    """Peak resident memory of two GRPO steps, MB: ours and TRL's, and before the first step."""
+    """Peak resident memory of two GRPO steps, MB: ours, ours in passes of `PIECE` rows, TRL's; and before a step."""
     found = []
     for case in MEMORY:
         row: dict[str, Any] = dict(zip(("prompt", "new", "prompts", "gradient_checkpointing"), case, strict=True))
-        for arm in ("ours", "trl"):
+        for arm in ("ours", "pieces", "trl"):
             command = [sys.executable, __file__, "--memory", arm, *map(str, case)]
             told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
             row[arm] = json.loads(told)
         row["ratio"] = row["ours"]["peak"] / row["trl"]["peak"]
+        row["ratio_pieces"] = row["pieces"]["peak"] / row["trl"]["peak"]
         above = {arm: row[arm]["peak"] - row[arm]["model"] for arm in ("ours", "trl")}
         row["ratio_above_model"] = above["ours"] / above["trl"]
         found.append(row)
@@ -164,8 +166,9 @@ def measure_memory(arm: str, prompt: int, new: int, prompts: int, checkpointing:
     kept = shape.model()
     before = resident("VmRSS")
     del kept
-    if arm == "ours":
-        ours(shape, 2, gradient_checkpointing=bool(checkpointing))
+    if arm != "trl":
+        batch = {"micro_batch": PIECE} if arm == "pieces" else {}
+        ours(shape, 2, gradient_checkpointing=bool(checkpointing), batch=batch)
     else:
         trl(shape, 2, checkpointing=bool(checkpointing))
     print(json.dumps({"model": before, "peak": resident("VmHWM")}))
