@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def adamw(policy: Policy, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters; matrices decay, vectors (norms, biases) do not."""
     settings = recipe.optimizer
-    moving = [p for p in policy.parameters() if p.requires_grad]
+    moving = policy.moving()
     groups = [
         {"params": [p for p in moving if p.dim() > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in moving if p.dim() < 2], "weight_decay": 0.0},

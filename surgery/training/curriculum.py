@@ -35,6 +35,9 @@ class Curriculum(Protocol):
     def update(self, batch: Batch) -> None:
         """Told every batch of rollouts once its rewards and advantages are known."""
 
+    def metrics(self) -> dict[str, float]:
+        """Numbers for the next log line."""
+
     def state_dict(self) -> dict[str, Any]:
         """All that resuming needs, as plain JSON."""
 
@@ -72,6 +75,10 @@ class Shuffled:
 
     def update(self, batch: Batch) -> None:
         """Learns nothing."""
+
+    def metrics(self) -> dict[str, float]:
+        """None."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor."""
@@ -154,6 +161,10 @@ class ByCategory:
     def update(self, batch: Batch) -> None:
         """Learns nothing."""
 
+    def metrics(self) -> dict[str, float]:
+        """None."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """How many rows were taken, of each category."""
         return {"draws": self.draws, "taken": self.taken}
@@ -193,6 +204,10 @@ class SEC(ByCategory):
         weights = {name: math.exp((q - most) / self.temperature) for name, q in self.values.items()}
         total = math.fsum(weights.values())
         return {name: weight / total for name, weight in weights.items()}
+
+    def metrics(self) -> dict[str, float]:
+        """The probability of each category."""
+        return {f"curriculum/{name}": p for name, p in self.probabilities().items()}
 
     def update(self, batch: Batch) -> None:
         """Q of the batch's categories moves towards the mean size of their advantages."""
@@ -255,6 +270,10 @@ class ByDifficulty:
 
     def update(self, batch: Batch) -> None:
         """Learns nothing."""
+
+    def metrics(self) -> dict[str, float]:
+        """None."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """Rows drawn."""

@@ -131,7 +131,7 @@ def add_gradients(parameters: Iterable[Tensor], world: World) -> None:
 
     Once an update, behind the last micro-batch: whatever passes an objective makes, the sum is exact.
     """
-    moving = [p for p in parameters if p.requires_grad]
+    moving = list(parameters)
     if world.size == 1 or not moving:
         return
     has = torch.tensor([float(p.grad is not None) for p in moving], device=world.device)

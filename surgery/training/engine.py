@@ -181,7 +181,7 @@ class Trainer:
             self.parts.objective.prepare(batch, self.context)
         if kind == "rollouts":
             self.context.curricula["main"].update(batch)
-            self.context.noted |= rollout_metrics(batch)
+            self.context.noted |= rollout_metrics(batch) | self.context.curricula["main"].metrics()
             self.log.rollouts(self.step + 1, batch)
 
     def _update(self, piece: Piece) -> dict[str, float]:
@@ -251,7 +251,7 @@ class Trainer:
                 before = sums.get(name, (0.0, 0.0))
                 sums[name] = (before[0] + float(total), before[1] + float(count))
         if not self.sharded:
-            distributed.add_gradients(self.policy.parameters(), self.world)
+            distributed.add_gradients(self.policy.moving(), self.world)
         return sums, values
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -305,6 +305,7 @@ class Trainer:
                     enable(gradient_checkpointing_kwargs={"use_reentrant": False})
                 if self.recipe.dropout:
                     self.policy.train()
+                    self.policy.backbones.eval()
                     self.policy.backbones.eval()
                 else:
                     stack.enter_context(without_dropout(self.policy))

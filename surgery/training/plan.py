@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from surgery.errors import SurgeryError
@@ -40,9 +42,9 @@ def plan(recipe: Recipe) -> Plan:
     source = _source(recipe, kinds)
     if recipe.data is None:
         raise SurgeryError("The recipe has no data.", hint="data: {task: chain}")
-    rows = {"main": rows_of(recipe.data, recipe.seed)}
+    rows = {"main": rows_of(_located(recipe.data, recipe.folder), recipe.seed)}
     if recipe.demonstrations is not None:
-        rows["demonstrations"] = rows_of(recipe.demonstrations, recipe.seed + 1)
+        rows["demonstrations"] = rows_of(_located(recipe.demonstrations, recipe.folder), recipe.seed + 1)
     curricula = {kind: made(CURRICULA, recipe.curriculum if kind == "main" else "shuffled") for kind in rows}
     for kind, curriculum in curricula.items():
         curriculum.start(rows[kind], recipe.seed)
@@ -60,8 +62,19 @@ def plan(recipe: Recipe) -> Plan:
     _check(recipe, kinds, source, rows, rewards)
     evaluation = None
     if recipe.evaluate.every:
-        evaluation = rows_of(recipe.evaluate.data or recipe.data, recipe.seed + HELD_OUT)
+        evaluation = rows_of(_located(recipe.evaluate.data or recipe.data, recipe.folder), recipe.seed + HELD_OUT)
     return Plan(objective, source, rows, curricula, rewards, evaluation)
+
+
+def _located(written: Any, folder: Path) -> Any:
+    """What `data` says, its files looked up beside the recipe first."""
+    if isinstance(written, list):
+        return [_located(entry, folder) for entry in written]
+    if isinstance(written, str) and Path(written).suffix and (folder / written).is_file():
+        return str(folder / written)
+    if isinstance(written, Mapping) and "file" in written:
+        return {**written, "file": _located(str(written["file"]), folder)}
+    return written
 
 
 def _source(recipe: Recipe, kinds: list[str]) -> Source:

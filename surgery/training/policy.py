@@ -55,7 +55,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         check_vocabularies([model, *backbones])
-        self.backbones = nn.ModuleList(backbones).requires_grad_(False)
+        self.backbones = nn.ModuleList(backbones)
         self.extras = nn.ModuleDict()
         """More modules that an objective trains beside the model: a value head."""
         self.share_prompts = share_prompts
@@ -66,6 +66,10 @@ class Policy(nn.Module):
     def members(self) -> list[nn.Module]:
         """The models whose logits are summed, the trained one first."""
         return [self.model, *self.backbones]
+
+    def moving(self) -> list[nn.Parameter]:
+        """The parameters that training moves: of the model and of what is trained beside it, never of backbones."""
+        return [p for part in (self.model, self.extras) for p in part.parameters() if p.requires_grad]
 
     @property
     def device(self) -> torch.device:
@@ -79,7 +83,7 @@ class Policy(nn.Module):
         for member in self.backbones:
             with torch.no_grad():
                 states.append(self._states(member, batch))
-        heads = [self._parts(member)[1] for member in self.members]
+        heads = [self._parts(self.model)[1], *(torch.no_grad()(self._parts(b)[1]) for b in self.backbones)]
         there = batch.attended
         everywhere = bool(there.all())  # then nothing is gathered, nor scattered in the backward pass
 
