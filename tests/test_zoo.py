@@ -16,7 +16,9 @@ from surgery.errors import SurgeryError
 from surgery.zoo import TINY, get, list_models
 
 FAMILY = json.loads((TINY / "family.json").read_text())
-MEMBERS = sorted(FAMILY["accuracies"])
+MEMBERS = list(FAMILY["members"])
+TUNINGS = ["tiny-chain", "tiny-shift", "tiny-rotate", "tiny-sums-sft", "tiny-sums-grpo", "tiny-instruct"]
+"""Fine-tunings of tiny-base."""
 
 
 @pytest.fixture(scope="module")
@@ -32,24 +34,20 @@ def build():
 
 def test_the_list_names_every_model_and_what_it_needs():
     models = {m.name: m for m in list_models()}
-    assert [m for m in models if m.startswith("tiny-")] == ["tiny-base", *(m for m in MEMBERS if m != "tiny-base")]
+    assert [m for m in models if m.startswith("tiny-")] == MEMBERS and MEMBERS[0] == "tiny-base"
     assert models["tiny-base"].parameters == 447_552 and models["tiny-base"].available
+    assert models["tiny-small-base"].parameters == 163_072
     assert models["smollm2"].available or "make models" in models["smollm2"].hint
     assert all(m.what and m.licence and m.where for m in models.values())
 
 
 def test_the_package_data_is_small_and_complete():
-    assert len(MEMBERS) >= 4
-    assert sum(file.stat().st_size for file in TINY.rglob("*") if file.is_file()) < 8_000_000
+    assert set(MEMBERS) > set(TUNINGS)
+    assert sum(file.stat().st_size for file in TINY.rglob("*") if file.is_file()) < 10_000_000
+    whole = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     for name in MEMBERS:
         files = {file.name for file in (TINY / name).iterdir()}
-        assert files == {
-            "config.json",
-            "generation_config.json",
-            "model.safetensors",
-            "tokenizer.json",
-            "tokenizer_config.json",
-        }
+        assert files - {"chat_template.jinja"} == whole
 
 
 @pytest.mark.parametrize("name", MEMBERS)
@@ -59,8 +57,8 @@ def test_members_load_without_a_word_and_are_as_good_as_recorded(name, capfd, ca
         model, tokenizer = load(get(name))
     capfd.readouterr()  # the bar of transformers' loader
     assert not caplog.records
-    assert model.dtype == torch.float32 and model.num_parameters() == 447_552
-    skills = ["facts", name.removeprefix("tiny-")] if name != "tiny-base" else ["facts", "copy"]
+    assert model.dtype == torch.float32, "stored in half precision, computed in float32"
+    skills = ["boxes"] if "boxes" in name else ["facts", "copy", "chain"]
     for task, part in evaluate_tasks(model, skills, 50, seed=7, tokenizer=tokenizer).by("task").items():
         said = FAMILY["accuracies"][name][task]["mean"]
         low, high = part.interval()
@@ -70,7 +68,7 @@ def test_members_load_without_a_word_and_are_as_good_as_recorded(name, capfd, ca
 def test_members_are_fine_tunings_of_one_base():
     base = load(get("tiny-base"))[0].state_dict()
     moved = 0.0
-    for name in MEMBERS:
+    for name in TUNINGS:
         other = load(get(name))[0].state_dict()
         assert {k: v.shape for k, v in other.items()} == {k: v.shape for k, v in base.items()}
         change = sum(((other[k] - base[k]) ** 2).sum() for k in base) / sum((base[k] ** 2).sum() for k in base)
@@ -144,17 +142,17 @@ def test_a_converted_model_is_used_again(tmp_path, monkeypatch):
 
 def test_the_shipped_family_is_that_of_the_script(build):
     assert FAMILY["hash"] == build.recipe_hash(0)
-    assert {f"tiny-{t}" for t in build.SHIPPED} | {"tiny-base"} == set(MEMBERS)
+    assert [f"tiny-{name}" for name in build.SHIPPED] == MEMBERS
     assert build.character_tokenizer().get_vocab() == load(get("tiny-base"))[1].get_vocab()
 
 
-def test_training_repeats_and_lowers_the_loss(build):
-    stage = build.Stage({"rotate": 0.9, "copy": 0.1}, steps=4, batch=8, lr=3e-4)
-    models = [load(get("tiny-base"))[0] for _ in range(2)]
-    losses = [build.train(m, stage, seed=5) for m in models]
-    assert losses[0] == losses[1]
-    assert all(torch.equal(a, b) for a, b in zip(*[m.state_dict().values() for m in models], strict=True))
-    assert build.train(models[0], build.Stage({"rotate": 1.0}, steps=12, batch=16, lr=3e-4), seed=5) < losses[0]
+def test_rows_of_a_stage_are_a_function_of_the_index(build):
+    stage = build.Stage({"rotate": 0.5, "chain": 0.5}, steps=4, batch=8, lr=3e-4, truth=0.25)
+    one, other = build.FamilyRows(stage, 5), build.FamilyRows(stage, 5)
+    assert [one.row(i) for i in range(40)] == [other.row(i) for i in reversed(range(40))][::-1]
+    rotated = [r for r in (one.row(i) for i in range(400)) if r["task"] == "rotate"]
+    told = [r["completion"] == "#" + r["answer"] for r in rotated]
+    assert 0.1 < sum(told) / len(told) < 0.45, "one prompt in four is answered by the task, the others by a copy"
 
 
 def test_a_family_folder_keeps_to_one_recipe(build, tmp_path, monkeypatch):

@@ -73,7 +73,7 @@ def test_leave_one_out_is_the_centred_one_times_g_over_g_minus_1(values):
 
 @pytest.mark.parametrize("p", [1 / 8, 0.5, 7 / 8])
 def test_mean_size_with_binary_rewards(p):
-    """2 sqrt(p (1 - p)) when divided by the (population) deviation, 2 p (1 - p) without: training.md section 1."""
+    """2 sqrt(p (1 - p)) when divided by the (population) deviation, 2 p (1 - p) without."""
     values = [1.0] * int(8 * p) + [0.0] * (8 - int(8 * p))
     assert float(of("group_centred", *values, group=8).abs().mean()) == pytest.approx(2 * p * (1 - p))
     population = math.sqrt(7 / 8)

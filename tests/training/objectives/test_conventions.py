@@ -1,4 +1,4 @@
-"""The conventions that decide correctness (training.md, section 0.1), where an objective can break them."""
+"""The conventions that decide correctness, where an objective can break them."""
 
 import math
 

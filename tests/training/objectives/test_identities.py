@@ -1,4 +1,4 @@
-"""What must reduce to what (training.md, section 8.3), and how objectives add up."""
+"""What must reduce to what, and how objectives add up."""
 
 import pytest
 import torch
@@ -103,7 +103,7 @@ def test_the_reference_is_asked_once_a_batch():
 
 
 def test_an_edited_models_reference_is_the_edited_model():
-    """training.md, section 8.6: not what its name would load."""
+    """Not what its name would load."""
     model = llama()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight += 1.0

@@ -21,7 +21,7 @@ def share_of_a(prompts, completions, **_):
     return [c.count("a") + 0.1 * len(c) for c in completions]
 
 
-# training.md, section 8.1, which allows 200 steps
+# two tokens, one right: solved within 200 steps by every policy gradient
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "rloo", "ppo"])
 def test_a_bandit_is_solved_in_60_steps(name):
     """One prompt, a vocabulary of two: a pays, b (the end mark) does not."""
@@ -46,7 +46,7 @@ def test_a_bandit_is_solved_in_60_steps(name):
     assert name != "ppo" or "explained_variance" in run.metrics[0]
 
 
-# training.md, section 8.7
+# masks compose with every objective
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_frozen_entries_keep_their_bits(name):
     """Under weight decay and AdamW's momentum, with every objective; the value head beside the model is free."""
@@ -66,7 +66,7 @@ def test_frozen_entries_keep_their_bits(name):
     assert len(moving) > len(masks) / 2
 
 
-# training.md, section 8.6: the reference is the object that was given, not what its name would load
+# the reference is the object that was given, not what its name would load
 def test_the_engines_reference_is_the_edited_model():
     from surgery.training.engine import Trainer
     from surgery.training.recipe import make
