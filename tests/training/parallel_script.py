@@ -43,7 +43,11 @@ RUNS = {
 def run(name: str, parallel: str, out: Path, *, alone: bool = False, **more: object) -> object:
     """One of the runs, by several processes or by one alone."""
     # a large eps: Adam makes steps of full size of gradients that are nothing but rounding
-    words = {"optimizer": {"lr": 3e-2, "eps": 1e-2}, "parallel": "none" if alone else parallel} | RUNS[parallel][name] | more
+    words = (
+        {"optimizer": {"lr": 3e-2, "eps": 1e-2}, "parallel": "none" if alone else parallel}
+        | RUNS[parallel][name]
+        | more
+    )
     return train(llama(), tokenizer(), out=out, **words)
 
 
