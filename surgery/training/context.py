@@ -88,7 +88,13 @@ class Context:
             )
         return batch
 
-    # ---- work: shared out by rows
+    # ---- work: shared out by rows, in the arithmetic of the updates (what a token's probability was must not differ)
+
+    @property
+    def autocast(self) -> torch.autocast:
+        """The precision that the recipe names."""
+        half = self.recipe.precision == "bfloat16"
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=half)
 
     def generate(
         self,
@@ -105,7 +111,8 @@ class Context:
         mine = self.world.share(range(len(prompts)))
         seeds = [self.seed(name, i) for i in mine]
         draw = self._generator
-        parts = self.world.together(lambda: draw([prompts[i] for i in mine], group, seeds) if mine else [])
+        with self.autocast:
+            parts = self.world.together(lambda: draw([prompts[i] for i in mine], group, seeds) if mine else [])
         self._spent("generation", start)
         return [r for part in parts for r in part]
 
@@ -176,7 +183,7 @@ class Context:
         # sharded parameters are gathered by all at once: who has fewer rows goes through some again, for nothing
         rounds = max(self.world.gather(len(chunks))) if self.recipe.parallel == "fsdp2" else len(chunks)
         width = batch.completion_ids.shape[1]
-        with torch.no_grad():
+        with torch.no_grad(), self.autocast:
             for i in range(rounds):
                 chunk = chunks[i] if i < len(chunks) else batch.select(range(batch.group))
                 scores = policy(chunk.to(self.world.device), **asks)

@@ -177,7 +177,7 @@ class Trainer:
 
     def _prepare(self, kind: str, batch: Batch) -> None:
         batch.step, batch.steps = self.step, self.recipe.steps
-        with self._autocast():
+        with self.context.autocast:
             self.parts.objective.prepare(batch, self.context)
         if kind == "rollouts":
             self.context.curricula["main"].update(batch)
@@ -241,7 +241,7 @@ class Trainer:
             idle = replace(micros[0], columns={**micros[0].columns, "idle": torch.ones(len(micros[0]))})
             micros = micros + [idle] * (rounds - len(micros))
         for micro in micros:
-            with self._autocast():
+            with self.context.autocast:
                 loss: Loss = self.parts.objective.loss(self.policy, micro.to(self.world.device))
                 value = loss.value * 0.0 if "idle" in micro else loss.value
             (value * scale).backward()
@@ -283,7 +283,7 @@ class Trainer:
         settings = self.recipe.evaluate
         if self.parts.evaluation is None or (self.step % settings.every and self.step != self.recipe.steps):
             return {}
-        with self._autocast():
+        with self.context.autocast:
             return {f"eval/{k}": v for k, v in evaluate(self.context, self.parts.evaluation).items()}
 
     # ---- the model as it was found
@@ -335,9 +335,6 @@ class Trainer:
             chosen += p.requires_grad
         if not chosen:
             raise SurgeryError("No parameter of the model may move.", hint="Look at `trainable` and `frozen`.")
-
-    def _autocast(self) -> Any:
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
 
     def _not_finite(self, micros: list[Batch], values: list[float], norm: float) -> SurgeryError:
         """Which rows made the loss infinite or NaN: those of one process are told by all."""

@@ -130,6 +130,25 @@ def test_both_precisions_in_one_process():
     assert not same(weights(half.model), weights(full.model))
 
 
+def test_rollouts_are_drawn_in_the_arithmetic_of_the_updates(monkeypatch):
+    gaps, usual = [], Trainer._backward
+
+    def backward(self, micros):
+        with torch.no_grad():
+            for micro in micros:
+                with self.context.autocast:
+                    now = self.policy(micro).log_probs
+                full = self.policy(micro).log_probs
+                drawn = micro["sampled_log_probs"]
+                gaps.append([float(((x - drawn) * micro.mask).abs().mean()) for x in (now, full)])
+        return usual(self, micros)
+
+    monkeypatch.setattr(Trainer, "_backward", backward)
+    train(llama(), tokenizer(), **GRPO | {"precision": "bfloat16", "steps": 1})
+    ((own, other),) = gaps
+    assert own < 0.5 * other
+
+
 # ---- what moves
 
 
