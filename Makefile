@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
+CLAIMS := merging_tradeoff negation_analogy merging_with_data reasoning_vectors forgetting echo_chamber reft \
+	masked_thought_vs_sft no_signal sec_curriculum cosine_length sft_then_grpo
+
 .PHONY: help install models test lint types notebooks demo bench claims clean
 
 help:             ## this list
@@ -41,10 +44,8 @@ bench: install    ## speed and memory against peers and floors (minutes; quiet m
 	$(BIN)/python experiments/benchmarks/merge.py
 	$(BIN)/python experiments/benchmarks/train.py
 
-claims: install   ## every experiment, from training to picture (an hour)
-	$(BIN)/python experiments/merging_tradeoff.py
-	$(BIN)/python experiments/negation_analogy.py
-	$(BIN)/python experiments/merging_with_data.py
+claims: install   ## every experiment on the tiny family, from training to picture (two hours); ONLY=name for one
+	for name in $(or $(ONLY),$(CLAIMS)); do $(BIN)/python experiments/$$name.py || exit 1; done
 
 clean:            ## what tools leave behind, the environment excepted
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis surgery-demo
