@@ -1,13 +1,14 @@
-"""Train the embedded tiny family: one base, and fine-tunings of it on small tasks.
+"""Train the embedded tiny family: bases, and fine-tunings of them by SFT and GRPO.
 
-    python experiments/build_zoo.py                          # the shipped members, in a few minutes
-    python experiments/build_zoo.py --out DIR --tasks chain shift descend unique swap rotate
-    python experiments/build_zoo.py --tasks chain swap       # more members, into the cache, found again next time
+    python experiments/build_zoo.py                          # the shipped members, in minutes
+    python experiments/build_zoo.py --out DIR --members chain shift descend unique swap rotate
+    python experiments/build_zoo.py --members chain swap     # more members, into the cache, found again next time
 
-Every member is a Llama of 447 552 parameters with a character-level tokenizer. The base learns two-digit facts first,
-then a mix of arithmetic and string tasks; a fine-tuning brings out one task. One torch thread a process and fixed
-seeds: the same machine gives the same weights. Accuracies of every member on every task go to `family.json`, next to
-the weights.
+Every member is a small Llama with a character-level tokenizer (447 552 parameters; the `small` pair 163 072). The base
+learns two-digit facts first, then a mix of arithmetic and string tasks; a fine-tuning brings out one task. `sums-sft`
+and `sums-grpo` are the pair of a reasoning vector: SFT on demonstrations of which half show their work, then GRPO on
+the same questions. One torch thread a process and fixed seeds: the same machine gives the same weights. Accuracies of
+every member on every task go to `family.json`, next to the weights.
 """
 
 from __future__ import annotations
@@ -15,44 +16,28 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
 
 from surgery.errors import SurgeryError
-from surgery.tasks import LETTERS, TASKS, Example
+from surgery.tasks import LETTERS, TASKS, Example, Task, make_task
+from surgery.tasks.tracking import BOXES, ENTITIES
 from surgery.zoo import TINY, cache_dir, get
 
 CHARACTERS = ["<pad>", "<bos>", "<eos>", *"0123456789+-=;#abcdefghijklmnopqrstuvwxyz "]
 PAD, BOS, EOS = 0, 1, 2
-SHIPPED = ("chain", "shift", "rotate")
 NEW = ("shift", "descend", "unique", "swap", "rotate")
 BASE_SKILLS = ("facts", "chain", "copy", "reverse", "sort")
 assert set(LETTERS) <= set(CHARACTERS)
 
-
-@dataclass(frozen=True)
-class Stage:
-    """One training run: `mix` gives each task's share of the examples.
-
-    `truth` is the share of the new letters' prompts that are answered by their task; the others are answered by a copy.
-    """
-
-    mix: dict[str, float]
-    steps: int
-    batch: int
-    lr: float
-    truth: float = 1.0
-
-
-ARCHITECTURE = {
+LARGE = {
     "hidden_size": 96,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
@@ -63,33 +48,114 @@ ARCHITECTURE = {
     # With the usual 0.02 the facts stay at chance: one-step sums need a strong embedding from the start.
     "initializer_range": 0.08,
 }
-BASE = (
-    Stage({"facts": 1.0}, steps=200, batch=128, lr=1.5e-3),
-    # As in real models, what a fine-tuning asks for is in the base already, as the rarer of two ways to answer: sums
-    # are worked out in 37 % of the cases, the new letters answered by their task in 25 %. Greedy decoding shows the
-    # other way. Task vectors that bring out what is there can be added up; those of skills learned from nothing can't.
-    Stage(
-        {"facts": 0.2, "direct": 0.17, "chain": 0.1, "copy": 0.07, "reverse": 0.1, "sort": 0.08}
-        | dict.fromkeys(NEW, 0.056),
-        steps=1200,
-        batch=64,
-        lr=1.5e-3,
-        truth=0.25,
-    ),
+SMALL = {**LARGE, "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 192}
+CHAT = "{{ messages[-1]['content'] }}"
+"""The instruct-like sibling's chat template: one turn, as it is."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run: `mix` gives each task's share of the examples.
+
+    `truth` is the share of the new letters' prompts that are answered by their task; the others are answered by a
+    copy. `options` are the tasks'. With `group`, GRPO on the mix's prompts, rewarded for the exact answer; else SFT.
+    """
+
+    mix: dict[str, float]
+    steps: int
+    batch: int
+    lr: float
+    truth: float = 1.0
+    group: int = 0
+    options: dict[str, dict] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Member:
+    """What a member is: where it starts from, and the runs that make it."""
+
+    what: str
+    stages: tuple[Stage, ...]
+    base: str | None = None
+    """The member it is a fine-tuning of; None: random weights."""
+    architecture: dict = field(default_factory=lambda: LARGE)
+
+
+# As in real models, what a fine-tuning asks for is in the base already, as the rarer of two ways to answer: sums are
+# worked out in 37 % of the cases, the new letters answered by their task in 25 %. Greedy decoding shows the other way.
+# Task vectors that bring out what is there can be added up; those of skills learned from nothing can't.
+_FACTS = Stage({"facts": 1.0}, steps=200, batch=128, lr=1.5e-3)
+_MIX = {"facts": 0.2, "direct": 0.17, "chain": 0.1, "copy": 0.07, "reverse": 0.1, "sort": 0.08}
+_MIX |= dict.fromkeys(NEW, 0.056)
+_BASE = (_FACTS, Stage(_MIX, steps=1200, batch=64, lr=1.5e-3, truth=0.25))
+_REPLAY = dict.fromkeys(("facts", "copy", "reverse", "sort"), 0.0625)
+"""What every fine-tuning does for a quarter of its examples: what the base can do."""
+# Looking up what was said is learned all at once or not at all: from one question a row it is not, in 1000 steps; from
+# twelve about eight pairs ("ax;by;...;a" -> x) it is after 1500. Then "a in x" and "where a" come in a hundred each.
+_LOOKUP = (
+    Stage({"recall": 1.0}, steps=1800, batch=48, lr=1e-3, options={"recall": {"between": ""}}),
+    Stage({"recall": 1.0}, steps=250, batch=48, lr=1e-3, options={"recall": {"between": " in "}}),
+    Stage({"boxes": 1.0}, steps=250, batch=64, lr=1e-3, options={"boxes": {"moves": 0}}),
 )
-TUNING = Stage(dict.fromkeys(("facts", "copy", "reverse", "sort"), 0.0625), steps=60, batch=64, lr=3e-4)
-"""What every fine-tuning does: its own task for three examples in four, what the base can do for the rest."""
+
+
+def tuned_on(task: str, base: str = "base") -> Member:
+    """The fine-tuning of a base on one task: three examples in four are the task's."""
+    mix = {**_REPLAY, task: _REPLAY.get(task, 0.0) + 0.75}
+    return Member(f"tiny-{base} fine-tuned on: {TASKS.lookup(task).summary}", (Stage(mix, 60, 64, 3e-4),), base)
+
+
+MEMBERS = {
+    "base": Member("the base of the tiny family", _BASE),
+    "chain": tuned_on("chain"),
+    "shift": tuned_on("shift"),
+    "rotate": tuned_on("rotate"),
+    "sums-sft": Member(
+        "tiny-base by SFT on sums, half of them worked out step by step",
+        (Stage({**_REPLAY, "chain": 0.375, "direct": 0.375}, 60, 64, 3e-4),),
+        "base",
+    ),
+    "sums-grpo": Member(
+        "tiny-sums-sft by GRPO on the same questions, rewarded for the exact answer",
+        (Stage({"chain": 1.0}, 40, 32, 1e-4, group=8),),
+        "sums-sft",
+    ),
+    "instruct": Member(
+        "tiny-base fine-tuned on all tasks: does what the prompt's letter says",
+        (Stage({**_REPLAY, "chain": 0.15} | dict.fromkeys(NEW, 0.12), 150, 64, 5e-4),),
+        "base",
+    ),
+    "small-base": Member("a base of 163 072 parameters: same tokenizer, same data", _BASE, architecture=SMALL),
+    "small-chain": tuned_on("chain", "small-base"),
+    "boxes-base": Member("a base that knows which box an entity was put in, not where it moved", _LOOKUP),
+    "boxes": Member(
+        "tiny-boxes-base fine-tuned to track entities that move", (Stage({"boxes": 1.0}, 1200, 64, 1e-3),), "boxes-base"
+    ),
+}
+"""By name without `tiny-`. `tuned_on` makes more."""
+SHIPPED = tuple(MEMBERS)
+
+
+def member(name: str) -> Member:
+    """A shipped member, or the fine-tuning on the task of that name. Raises `SurgeryError` for neither."""
+    return MEMBERS[name] if name in MEMBERS else tuned_on(name)
+
+
+def recall(rng: Random, *, between: str = "") -> Example:
+    """`b ax;cy;` and then `ax;cy;ax;` (`between` stands between entity and box): only the boxes are to be predicted."""
+    names, boxes = rng.sample(ENTITIES, 8), rng.sample(BOXES, 8)
+    said = [f"{name}{between}{box};" for name, box in zip(names, boxes, strict=True)]
+    asked = "".join(rng.sample(said * 2, 8 if between else 12))
+    return Example("b " + "".join(said), asked, asked)
+
+
+RECALL = Task("recall", "the boxes of eight entities, asked again and again", recall)
 
 
 def recipe(seed: int) -> dict:
     """Everything that decides the weights, apart from the machine."""
-    return {
-        "architecture": ARCHITECTURE,
-        "characters": CHARACTERS,
-        "base": [asdict(s) for s in BASE],
-        "tuning": asdict(TUNING),
-        "seed": seed,
-    }
+    members = {name: asdict(m) for name, m in MEMBERS.items()}
+    return {"characters": CHARACTERS, "chat": CHAT, "members": members, "seed": seed}
 
 
 def recipe_hash(seed: int) -> str:
@@ -98,9 +164,13 @@ def recipe_hash(seed: int) -> str:
 
 
 def build_family(
-    out: str | Path | None = None, tasks: Sequence[str] = SHIPPED, seed: int = 0, *, workers: int = 2
+    out: str | Path | None = None,
+    tasks: Sequence[str] = ("chain", "shift", "rotate"),
+    seed: int = 0,
+    *,
+    workers: int = 2,
 ) -> dict[str, Path]:
-    """Folders of `tiny-base` and of one `tiny-<task>` for each of `tasks`; trains only those that `out` lacks.
+    """Folders of `tiny-base` and of one `tiny-<name>` for each member or task named; trains only what `out` lacks.
 
     Trains in spawned processes: a script that calls this needs `if __name__ == "__main__":`.
 
@@ -108,22 +178,32 @@ def build_family(
     package ships with the same recipe are copied from there. Raises `SurgeryError` for an unknown task, and when `out`
     holds a family of another recipe.
     """
-    for task in tasks:
-        TASKS.lookup(task)
+    names = list(dict.fromkeys(("base", *tasks)))
+    for name in names:
+        member(name)
     folder = Path(out) if out else cache_dir() / "tiny" / recipe_hash(seed)
     _claim(folder, seed)
-    members = {f"tiny-{name}": folder / f"tiny-{name}" for name in ("base", *dict.fromkeys(tasks))}
     if out is None and _hash_in(TINY) == recipe_hash(seed):
-        for name, path in members.items():
-            if not path.exists() and (TINY / name).is_dir():
-                get(name, path)
-    missing = [name for name, path in members.items() if not path.exists()]
-    if "tiny-base" in missing:
-        _in_processes(_train_base, [(members["tiny-base"], seed)], 1)
-        missing.remove("tiny-base")
-    jobs = [(members["tiny-base"], members[name], name.removeprefix("tiny-"), seed) for name in missing]
-    _in_processes(_tune, jobs, workers)
-    return members
+        for name in names:
+            if not (folder / f"tiny-{name}").exists() and (TINY / f"tiny-{name}").is_dir():
+                get(f"tiny-{name}", folder / f"tiny-{name}")
+    missing = [name for name in _with_bases(names) if not (folder / f"tiny-{name}").exists()]
+    while missing:
+        ready = [name for name in missing if member(name).base not in missing]
+        _in_processes(_train, [(name, folder, seed) for name in ready], workers)
+        missing = [name for name in missing if name not in ready]
+    return {f"tiny-{name}": folder / f"tiny-{name}" for name in names}
+
+
+def _with_bases(names: Sequence[str]) -> list[str]:
+    """The members and all that they start from, bases first."""
+    found: dict[str, None] = {}
+    for name in names:
+        line = [name]
+        while (base := member(line[-1]).base) is not None:
+            line.append(base)
+        found |= dict.fromkeys(reversed(line))
+    return list(found)
 
 
 def _claim(folder: Path, seed: int) -> None:
@@ -142,10 +222,10 @@ def _hash_in(folder: Path) -> str | None:
 
 
 def measure_family(
-    members: dict[str, Path], tasks: Sequence[str], n: int = 200, *, workers: int = 2
+    members: dict[str, Path], tasks: Sequence[str] = (), n: int = 200, *, workers: int = 2
 ) -> dict[str, dict]:
     """Accuracy of every member on the base's skills and on every one of `tasks`: {member: {task: summary}}."""
-    names = [*BASE_SKILLS, *(t for t in tasks if t not in BASE_SKILLS)]
+    names = list(dict.fromkeys((*BASE_SKILLS, *tasks)))
     rows = _in_processes(_measure, [(path, names, n) for path in members.values()], workers)
     return dict(zip(members, rows, strict=True))
 
@@ -166,100 +246,122 @@ def character_tokenizer():
         eos_token="<eos>",
         unk_token="<pad>",
         padding_side="left",
-        model_max_length=ARCHITECTURE["max_position_embeddings"],
+        model_max_length=LARGE["max_position_embeddings"],
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
 
 
-def train(model, stage: Stage, seed: int) -> float:
-    """AdamW with a short warm-up and a cosine down to 10 %; the loss is the responses'. Returns the last loss."""
+class FamilyRows:
+    """The endless rows of a stage: each a pure function of (seed, index)."""
+
+    size = float("inf")
+    columns = {"prompt", "completion", "answer", "task"}
+
+    def __init__(self, stage: Stage, seed: int) -> None:
+        self.stage, self.seed = stage, seed
+        self.tasks = {}
+        for name in stage.mix:
+            options = stage.options.get(name, {})
+            self.tasks[name] = RECALL.with_options(**options) if name == "recall" else make_task(name, **options)
+
+    def row(self, index: int) -> dict:
+        """Row `index`: its task by share, its example from the same generator."""
+        rng = Random(f"{self.seed}/{index}")
+        task = rng.choices(list(self.stage.mix), list(self.stage.mix.values()))[0]
+        example: Example = self.tasks[task].example(rng)
+        row = example.row(task)
+        if task in NEW and rng.random() >= self.stage.truth:
+            row["completion"] = f"#{example.prompt[2:-1]}"
+        return row
+
+
+def _boxes_alone():
+    """SFT on the letters of boxes: which entity is asked next can't be known, and would be the most of the loss."""
     import torch
 
-    rng = Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    names, shares = list(stage.mix), list(stage.mix.values())
-    warmup = min(50, stage.steps / 10)
-    model.train()
-    for step in range(stage.steps):
-        cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * step / stage.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = stage.lr * cosine * min(1.0, (step + 1) / warmup)
-        tasks = rng.choices(names, shares, k=stage.batch)
-        ids, labels = _batch([_example(rng, task, stage.truth) for task in tasks])
-        logits = model(ids, attention_mask=(ids != PAD).long()).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    model.eval()
-    return loss.item()
+    from surgery.training.objectives import SFT
+
+    letters = torch.tensor([CHARACTERS.index(letter) for letter in BOXES])
+
+    @dataclass(frozen=True)
+    class Boxes(SFT):
+        """The loss of completion tokens that are boxes."""
+
+        def of_scores(self, scores, batch):
+            mask = batch.mask * torch.isin(batch.completion_ids, letters)
+            return super().of_scores(scores, replace(batch, mask=mask, total_tokens=float(mask.sum())))
+
+    return Boxes()
 
 
-def _example(rng: Random, task: str, truth: float) -> Example:
-    one = TASKS[task].example(rng)
-    if task in NEW and rng.random() >= truth:
-        text = one.prompt[2:-1]
-        return Example(one.prompt, f"#{text}", text)
-    return one
-
-
-def _batch(examples):
-    """(batch, pos) token ids padded on the right, and labels that are -100 outside the responses."""
-    import torch
-
-    token = {c: i for i, c in enumerate(CHARACTERS)}
-    rows = [([BOS, *map(token.get, e.prompt)], [*map(token.get, e.response), EOS]) for e in examples]
-    width = max(len(p) + len(r) for p, r in rows)
-    ids, labels = torch.full((len(rows), width), PAD), torch.full((len(rows), width), -100)
-    for i, (prompt, response) in enumerate(rows):
-        end = len(prompt) + len(response)
-        ids[i, :end] = torch.tensor(prompt + response)
-        labels[i, len(prompt) : end] = torch.tensor(response)
-    return ids, labels
-
-
-def _train_base(folder: Path, seed: int) -> None:
+def _train(name: str, folder: Path, seed: int) -> None:
+    """One member, from its base's weights (or random ones) through its stages."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(CHARACTERS),
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        dtype="float32",
-        **ARCHITECTURE,
-    )
-    config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
-    model = LlamaForCausalLM(config)
-    start = time.perf_counter()
-    losses = [train(model, stage, seed + 7 * i) for i, stage in enumerate(BASE)]
-    _save(model, folder)
-    print(f"{folder.name}: {time.perf_counter() - start:.0f} s, loss {losses[-1]:.3f}", flush=True)
+    from surgery.training import train
+
+    what, tokenizer, start = member(name), character_tokenizer(), time.perf_counter()
+    if what.base is not None:
+        model = LlamaForCausalLM.from_pretrained(folder / f"tiny-{what.base}")
+    else:
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=len(CHARACTERS),
+            pad_token_id=PAD,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            dtype="float32",
+            **what.architecture,
+        )
+        config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        model = LlamaForCausalLM(config)
+    last: dict[str, float] = {}
+    for i, stage in enumerate(what.stages):
+        # The stream of examples differs from member to member, whatever others are trained beside it.
+        stream = int(hashlib.sha256(f"{seed}/{name}/{i}".encode()).hexdigest()[:8], 16)
+        words = {"objective": "grpo", "reward": "accuracy"} if stage.group else {"objective": "sft"}
+        if "recall" in stage.mix:
+            words["objective"] = _boxes_alone()
+        last = train(
+            model,
+            tokenizer,
+            data=FamilyRows(stage, stream),
+            steps=stage.steps,
+            batch={"rows": stage.batch},
+            rollouts={"prompts": stage.batch, "group": stage.group or 1, "max_new_tokens": 48},
+            optimizer={
+                "lr": stage.lr,
+                "betas": (0.9, 0.98),
+                "weight_decay": 0.01,
+                "warmup": min(50, stage.steps / 10),
+                "final": 0.1,
+            },
+            seed=stream,
+            **words,
+        ).last
+    if name == "instruct":
+        tokenizer.chat_template = CHAT
+    _save(model, tokenizer, folder / f"tiny-{name}")
+    result = f"reward {last['reward']:.2f}" if "reward" in last else f"loss {last['loss']:.3f}"
+    print(f"tiny-{name}: {time.perf_counter() - start:.0f} s, {result}", flush=True)
 
 
-def _tune(base: Path, folder: Path, task: str, seed: int) -> None:
-    from transformers import LlamaForCausalLM
+def _save(model, tokenizer, folder: Path) -> None:
+    """The whole folder under its name, or nothing; where another process was faster, its (equal) weights stay.
 
-    model = LlamaForCausalLM.from_pretrained(base)
-    start = time.perf_counter()
-    # The stream of examples differs from task to task, whatever other tasks are trained beside it.
-    stream = seed + int(hashlib.sha256(task.encode()).hexdigest()[:8], 16)
-    share = 1 - sum(TUNING.mix.values())
-    loss = train(model, replace(TUNING, mix={**TUNING.mix, task: TUNING.mix.get(task, 0.0) + share}), stream)
-    _save(model, folder)
-    print(f"{folder.name}: {time.perf_counter() - start:.0f} s, loss {loss:.3f}", flush=True)
+    Weights are stored in half precision and the config says float32: half the bytes, and arithmetic as in training.
+    """
+    import copy
 
-
-def _save(model, folder: Path) -> None:
-    """The whole folder under its name, or nothing; where another process was faster, its (equal) weights stay."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    model.generation_config.max_new_tokens = 48
-    model.save_pretrained(temporary)
-    character_tokenizer().save_pretrained(temporary)
+    stored = copy.deepcopy(model).half()
+    stored.generation_config.max_new_tokens = 48
+    stored.save_pretrained(temporary)
+    config = json.loads((temporary / "config.json").read_text())
+    (temporary / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+    tokenizer.save_pretrained(temporary)
     try:
         os.replace(temporary, folder)
     except OSError:
@@ -296,28 +398,34 @@ def table(accuracies: dict[str, dict]) -> str:
     """Members in rows, tasks in columns, as Markdown."""
     tasks = list(next(iter(accuracies.values())))
     lines = ["| member | " + " | ".join(tasks) + " |", "|---|" + "---|" * len(tasks)]
-    for member, row in accuracies.items():
-        lines.append(f"| {member} | " + " | ".join(f"{row[t]['mean']:.2f}" for t in tasks) + " |")
+    for name, row in accuracies.items():
+        lines.append(f"| {name} | " + " | ".join(f"{row[t]['mean']:.2f}" for t in tasks) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, help="folder for the members (default: the cache; --package for the package)"
-    )
+    parser.add_argument("--out", type=Path, help="folder for the members (default: the cache)")
     parser.add_argument("--package", action="store_true", help="write into surgery/data/tiny, replacing what is there")
-    parser.add_argument("--tasks", nargs="+", default=list(SHIPPED), metavar="TASK", help="tasks to fine-tune on")
+    parser.add_argument(
+        "--members", nargs="+", default=list(SHIPPED), metavar="NAME", help="members, or tasks to fine-tune on"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="processes (one torch thread each)")
     parser.add_argument("--n", type=int, default=200, help="examples a task in the accuracy table")
     options = parser.parse_args()
     out = TINY.with_name("tiny.new") if options.package else options.out
     start = time.perf_counter()
-    members = build_family(out, options.tasks, options.seed, workers=options.workers)
-    accuracies = measure_family(members, options.tasks, options.n, workers=options.workers)
+    members = build_family(out, options.members, options.seed, workers=options.workers)
+    tasks = [*NEW, "boxes", *(name for name in options.members if name in TASKS)]
+    accuracies = measure_family(members, tasks, options.n, workers=options.workers)
     folder = next(iter(members.values())).parent
-    report = {"hash": recipe_hash(options.seed), "recipe": recipe(options.seed), "accuracies": accuracies}
+    report = {
+        "hash": recipe_hash(options.seed),
+        "members": {name: member(name.removeprefix("tiny-")).what for name in members},
+        "accuracies": accuracies,
+        "recipe": recipe(options.seed),
+    }
     (folder / "family.json").write_text(json.dumps(report, indent=1) + "\n")
     print(table(accuracies))
     if options.package:

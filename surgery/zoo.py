@@ -8,6 +8,7 @@ hub name instead.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -87,11 +88,10 @@ def cache_dir() -> Path:
 
 
 def list_models() -> list[ZooModel]:
-    """Every model of the zoo, the tiny family first."""
+    """Every model of the zoo, the tiny family first, its base before all."""
     models = []
-    for name, task in _tiny_members().items():
-        what = "the base of the tiny family" if name == "tiny-base" else f"tiny-base fine-tuned on: {task}"
-        models.append(ZooModel(name, _tiny_parameters(), what, str(TINY / name), "Apache-2.0", True))
+    for name, what in _tiny_members().items():
+        models.append(ZooModel(name, _tiny_parameters(name), what, str(TINY / name), "Apache-2.0", True))
     for name, model in PACKAGED.items():
         file, converted = model.gguf(), [p for d in ("bfloat16", "float32") if (p := _converted(name, d)).is_dir()]
         where = str(converted[0]) if converted else str(file) if file else f"package {model.package.replace('_', '-')}"
@@ -127,20 +127,17 @@ def get(
 
 
 def _tiny_members() -> dict[str, str]:
-    """Members that are there, and what each was tuned on."""
-    from surgery.tasks import TASKS
-
-    names = sorted(p.name for p in TINY.glob("tiny-*") if p.is_dir())
-    names.sort(key=lambda name: name != "tiny-base")
-    return {n: TASKS[t].summary if (t := n.removeprefix("tiny-")) in TASKS else "" for n in names}
+    """Members that are there, and what each is: the words of family.json."""
+    said = json.loads((TINY / "family.json").read_text(encoding="utf-8"))["members"]
+    return {name: what for name, what in said.items() if (TINY / name).is_dir()}
 
 
-def _tiny_parameters() -> int:
-    """Counted from the header of the base's weights."""
-    with (TINY / "tiny-base" / "model.safetensors").open("rb") as file:
+def _tiny_parameters(name: str) -> int:
+    """Counted from the header of the weights."""
+    with (TINY / name / "model.safetensors").open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     header.pop("__metadata__", None)
-    return sum((end - start) // 4 for start, end in (tensor["data_offsets"] for tensor in header.values()))
+    return sum(math.prod(tensor["shape"]) for tensor in header.values())
 
 
 def _converted(name: str, dtype: str) -> Path:

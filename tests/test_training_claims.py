@@ -18,7 +18,16 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 RESULTS = EXPERIMENTS / "results"
 README = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
 
-CLAIMS: list[str] = ["reasoning_vectors", "smollm2_sft_grpo", "sft_then_grpo", "no_signal", "echo_chamber", "masked_thought_vs_sft", "forgetting", "reft"]
+CLAIMS: list[str] = [
+    "reasoning_vectors",
+    "smollm2_sft_grpo",
+    "sft_then_grpo",
+    "no_signal",
+    "echo_chamber",
+    "masked_thought_vs_sft",
+    "forgetting",
+    "reft",
+]
 
 
 @pytest.fixture
