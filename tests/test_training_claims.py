@@ -27,6 +27,7 @@ CLAIMS: list[str] = [
     "masked_thought_vs_sft",
     "forgetting",
     "reft",
+    "sec_curriculum",
 ]
 
 
