@@ -28,6 +28,8 @@ MERGES: dict[str, dict[str, float]] = {
     "breadcrumbs": {"weight": 0.8, "density": 0.5},
 }
 """The methods shown and their parameters, in our words."""
+TUNED = ("chain", "shift", "rotate")
+"""The fine-tunings that are merged."""
 KEPT_SKILLS = ("facts", "sort")
 """What the base can do already, and should not forget."""
 
@@ -94,15 +96,13 @@ def demo(
     from analysis.geometry import geometry
     from analysis.prompts import no_bars
     from surgery import zoo
-    from surgery.tasks import TASKS
     from surgery.weights.merge import merge
     from surgery.weights.recipe import recipe_from_command
     from surgery.weights.vector import TaskVector
 
     began, out = time.perf_counter(), Path(out).expanduser()
     base = str(zoo.get("tiny-base"))
-    members = [m.name.removeprefix("tiny-") for m in zoo.list_models() if m.name.startswith("tiny-")]
-    skills = [name for name in members if name in TASKS]
+    skills = list(TUNED)
     tuned = {skill: str(zoo.get(f"tiny-{skill}")) for skill in skills}
     steps = _Steps(2 * len(skills) + 2 * len(MERGES) + 3, progress)
     with _folder(out, force) as folder, no_bars():

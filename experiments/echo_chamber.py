@@ -24,7 +24,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from arena import in_processes, mean_interval, write
+from arena import in_processes, mean_interval, rounded, write
 from matplotlib.figure import Figure
 
 from analysis.evaluate import evaluate
@@ -232,7 +232,7 @@ def main() -> None:
         "runs": runs,
     }
     path = write(options.out, "echo_chamber", report, picture(summary, runs), began)
-    print(markdown(summary))
+    print(markdown(rounded(summary)))
     print(path)
 
 

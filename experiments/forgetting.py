@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arena import SKILLS, in_processes, mean_interval, write
+from arena import SKILLS, in_processes, mean_interval, rounded, write
 from matplotlib.figure import Figure
 
 from analysis.comparison import compare
@@ -197,7 +197,7 @@ def main() -> None:
             for arm, by in runs.items()}  # fmt: skip
     report = {"n": n, "sequence": tasks, "arms": ARMS, "enough": ENOUGH, "summary": summary, "runs": each}
     path = write(options.out, "forgetting", report, picture(summary), began)
-    print(markdown(summary))
+    print(markdown(rounded(summary)))
     print(path)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arena import in_processes, mean_interval, write
+from arena import in_processes, mean_interval, rounded, write
 from long_sums import ADAM, base, demonstrations, difference, scored, told, verdict
 from matplotlib.figure import Figure
 
@@ -117,7 +117,7 @@ def main() -> None:
     losses = {arm: [r["loss"] for r in each.values()] for arm, each in runs.items()}
     report = {"settings": settings, "test": test, "seeds": seeds, "summary": summary, "losses": losses}
     path = write(options.out, "masked_thought_vs_sft", report, picture(summary, losses), began)
-    print(markdown(summary))
+    print(markdown(rounded(summary)))
     print(path)
 
 

@@ -20,7 +20,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from arena import SKILLS, Arena, in_processes, mean_interval, write
+from arena import SKILLS, Arena, in_processes, mean_interval, rounded, write
 from build_zoo import build_family
 from matplotlib.figure import Figure
 
@@ -237,7 +237,7 @@ def main() -> None:
     report = {"tasks": list(tasks), "sizes": sizes, "scales": list(scales), "parameters": METHODS, "base": base,
               "summary": found, "orders": rows, "sweeps": sweeps}  # fmt: skip
     path = write(options.out, "merging_tradeoff", report, picture(found, sweeps, scales, base), began)
-    print(markdown(found))
+    print(markdown(rounded(found)))
     for ours, said in found["verdicts"].items():
         print(f"{ours} over task arithmetic as tasks grow: {said}")
     print(path)

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from arena import SKILLS, Arena, in_processes, mean_interval, write
+from arena import SKILLS, Arena, in_processes, mean_interval, rounded, write
 from build_zoo import build_family
 from matplotlib.figure import Figure
 
@@ -277,7 +277,7 @@ def main() -> None:
     report = {"sizes": sizes, "scales": list(scales), "retained": RETAINED, "quadruples": quadruples,
               "summary": found, "negation": negated, "analogy": each}  # fmt: skip
     path = write(options.out, "negation_analogy", report, picture(negated, scales, found["analogy"]), began)
-    print(markdown(found))
+    print(markdown(rounded(found)))
     print(path)
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arena import in_processes, mean_interval, write
+from arena import in_processes, mean_interval, rounded, write
 from matplotlib.figure import Figure
 
 from analysis.evaluate import evaluate_tasks, generate
@@ -200,7 +200,7 @@ def main() -> None:
     found = iter(in_processes(seed_of_all, jobs, options.workers))
     each = {task: {seed: next(found) for seed in seeds} for task in TASKS}
     summary = summarised(each)
-    print(markdown(summary))
+    print(markdown(rounded(summary)))
     report = {"summary": summary, "seeds": each, "steps": steps, "lr": LR}
     print(write(options.out, "no_signal", report, picture(summary), began))
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from arena import SKILLS, in_processes, mean_interval, write
+from arena import SKILLS, in_processes, mean_interval, rounded, write
 from build_zoo import MEMBERS, FamilyRows, Stage
 from matplotlib.figure import Figure
 
@@ -243,7 +243,7 @@ def main() -> None:
     }  # fmt: skip
     report = {"n": n, "steps": steps, "summary": summary, "pairs": each}
     path = write(options.out, "reasoning_vectors", report, picture(summary), began)
-    print(markdown(summary))
+    print(markdown(rounded(summary)))
     print(path)
 
 

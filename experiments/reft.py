@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arena import in_processes, mean_interval, write
+from arena import in_processes, mean_interval, rounded, write
 from long_sums import ADAM, LONGEST, base, demonstrations, difference, scored, told, verdict
 from matplotlib.figure import Figure
 
@@ -149,7 +149,7 @@ def main() -> None:
     curves = {kind: [found[kind, seed]["curves"] for seed in seeds] for kind in kinds}
     report = {"kinds": KINDS, "settings": settings, "test": test, "seeds": seeds, "summary": summary, "curves": curves}
     path = write(options.out, "reft", report, picture(summary, curves), began)
-    print(markdown(summary))
+    print(markdown(rounded(summary)))
     print(path)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arena import in_processes, mean_interval, write
+from arena import in_processes, mean_interval, rounded, write
 from matplotlib.figure import Figure
 
 from analysis.evaluate import evaluate_tasks
@@ -154,7 +154,7 @@ def main() -> None:
     found = in_processes(seed_of_both, [(seed, steps, n) for seed in seeds], options.workers)
     each = dict(zip(seeds, found, strict=True))
     summary = summarised(each)
-    print(markdown(summary))
+    print(markdown(rounded(summary)))
     report = {"summary": summary, "seeds": each, "steps": steps, "lr": LR}
     print(write(options.out, "sec_curriculum", report, picture(summary), began))
 

@@ -24,7 +24,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from arena import SKILLS, in_processes, mean_interval, write
+from arena import SKILLS, in_processes, mean_interval, rounded, write
 from matplotlib.figure import Figure
 
 from analysis.comparison import compare
@@ -211,7 +211,7 @@ def main() -> None:
     each = {seed: {name: plain(one) for name, one in run.items()} for seed, run in runs.items()}
     report = {"n": n, "steps": steps, "rewards": REWARDS, "summary": summary, "runs": each}
     path = write(options.out, "sft_then_grpo", report, picture(runs), began)
-    print(markdown(summary))
+    print(markdown(rounded(summary)))
     print(path)
 
 

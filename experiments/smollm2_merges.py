@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arena import in_processes, write
+from arena import in_processes, rounded, write
 from matplotlib.figure import Figure
 
 from analysis.evaluate import accuracy, answer_log_likelihood, generate, load
@@ -273,7 +273,7 @@ def main() -> None:
               "models": {n: {k: m[k] for k in ("warnings", "samples")} for n, m in measured.items()}}  # fmt: skip
     path = write(options.out, "smollm2_merges", report, picture(table), began)
     print(*look["summary"], sep="\n")
-    print(markdown(table))
+    print(markdown(rounded(table)))
     print(path)
 
 
