@@ -28,6 +28,7 @@ CLAIMS: list[str] = [
     "forgetting",
     "reft",
     "sec_curriculum",
+    "cosine_length",
 ]
 
 
