@@ -47,7 +47,7 @@ def load(spec: str | Path, dtype: str = "auto") -> tuple[PreTrainedModel, PreTra
     from surgery.checkpoint.reader import open_checkpoint
 
     folder = located(spec)
-    source = open_checkpoint(spec) if "+" in str(spec) else None
+    source = open_checkpoint(spec)  # which refuses files that are cut off, in a sentence
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         if isinstance(source, AdaptedCheckpoint):

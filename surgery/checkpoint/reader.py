@@ -144,7 +144,10 @@ def locate(spec: str | Path, *, revision: str | None = None) -> Path:
         return path
     name = str(spec)
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
-        raise SurgeryError(f"There is no file or folder '{spec}'.", hint="Check the path (hub names are org/model).")
+        raise SurgeryError(
+            f"There is no file or folder '{spec}'.",
+            hint="Check the path (hub names are org/model; `surgery zoo list` shows what is at hand).",
+        )
     from huggingface_hub import snapshot_download
 
     try:

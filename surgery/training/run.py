@@ -139,17 +139,29 @@ def check_folder(out: Path, resume: bool) -> None:
 
 
 def open_model(name: str | Path) -> tuple[Any, Any]:
-    """Model (float32) and tokenizer of a folder, a name in the zoo, or a hub name."""
+    """Model (float32) and tokenizer of a folder, a name in the zoo, or a hub name.
+
+    Raises `SurgeryError` for what can't be loaded, and for weights that are cut off or not finite.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from surgery import zoo
+    from surgery.checkpoint.reader import open_checkpoint
 
     folder: Any = name
     if not Path(name).exists() and str(name) in {known.name for known in zoo.list_models()}:
         folder = zoo.get(str(name))
+    open_checkpoint(folder)  # refuses files that are cut off, in a sentence
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise SurgeryError(f"The model '{name}' can't be loaded: {str(error).splitlines()[0]}") from error
+    for tensor, values in model.named_parameters():
+        if not values.isfinite().all():  # training would blame the rows for it
+            raise SurgeryError(
+                f"The tensor '{tensor}' of {name} holds NaN or infinite numbers.",
+                hint="Take the checkpoint from before it broke, or fetch it again.",
+            )
+    return model, tokenizer

@@ -4,10 +4,14 @@ import copy
 import math
 
 import pytest
+import torch
 from tiny_runs import demonstrations, llama, many_letters, tokenizer, weights
 
+from analysis.prompts import load
+from surgery import zoo
 from surgery.errors import SurgeryError
 from surgery.training import train
+from surgery.training.run import open_model
 
 SFT = {"objective": "sft", "data": demonstrations(), "batch": {"rows": 4}, "steps": 2, "optimizer": {"lr": 1e-2}}
 GRPO = SFT | {"objective": "grpo", "reward": many_letters, "rollouts": {"prompts": 2, "group": 2, "max_new_tokens": 4}}
@@ -104,3 +108,22 @@ def test_rewards_of_none_move_nothing():
 def test_a_model_without_its_tokenizer():
     with pytest.raises(SurgeryError, match="trained with its tokenizer"):
         train(llama(), **SFT)
+
+
+def test_a_broken_weight_is_named_before_the_first_step(tmp_path):
+    model, words = open_model("tiny-base")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
+    model.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    with pytest.raises(SurgeryError, match="'model.layers.1.mlp.up_proj.weight' of .* holds NaN"):
+        train(tmp_path, objective="sft", data="chain", steps=1)
+
+
+def test_a_file_that_is_cut_off_is_a_sentence(tmp_path):
+    folder = zoo.get("tiny-base", tmp_path / "broken")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:500_000])
+    for opened in (open_model, load):
+        with pytest.raises(SurgeryError, match="is cut off: .* 500,000 found"):
+            opened(folder)
