@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis.likelihood import answer_log_likelihood, perplexity
-from analysis.prompts import Progress, Prompt, by_length, load, prompt_ids, untouched
+from analysis.prompts import Progress, Prompt, by_length
 from analysis.results import Result, concatenate
 from analysis.rows import stated_answer, task_rows
 from surgery.errors import SurgeryError
+from surgery.models import encoded_prompts, load, prompt_ids, untouched
 from surgery.tasks import TASKS, Example, Task, verify
-from surgery.training.data import encoded_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from analysis.prompts import Progress, Prompt, by_length, left_padded, pad_id, prompt_ids, untouched
+from analysis.prompts import Progress, Prompt, by_length
 from analysis.results import Result
 from surgery.errors import SurgeryError
+from surgery.models import encode, encoded_prompts, untouched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,18 +38,16 @@ def answer_log_likelihood(
         raise SurgeryError(f"{len(prompts)} prompts, but {len(responses)} responses.")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     answers = [tokenizer(r, add_special_tokens=False)["input_ids"] + end for r in responses]
-    rows = [prompt_ids(tokenizer, p, chat) + a for p, a in zip(prompts, answers, strict=True)]
-    pad, accepts = pad_id(tokenizer), inspect.signature(model.forward).parameters
+    rows = [p + a for p, a in zip(encoded_prompts(tokenizer, prompts, chat), answers, strict=True)]
+    accepts = inspect.signature(model.forward).parameters
     values = np.zeros(len(rows))
     with untouched(model):
         for batch in by_length(rows, batch_size, progress):
-            ids, mask = left_padded([rows[i] for i in batch], pad, model.device)
+            inputs = encode(tokenizer, [rows[i] for i in batch], side="left").inputs(model)
             keep = max(len(answers[i]) for i in batch) + 1  # the responses are the last columns: no other logits needed
             more: dict[str, Any] = {"logits_to_keep": keep} if "logits_to_keep" in accepts else {}
-            if "position_ids" in accepts:
-                more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-            logits = model(ids, attention_mask=mask, **more).logits[:, -keep:-1].float()
-            target = ids[:, 1 - keep :]
+            logits = model(**inputs, **more).logits[:, -keep:-1].float()
+            target = inputs["input_ids"][:, 1 - keep :]
             taken = -torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none")
             for row, i in zip(taken, batch, strict=True):
                 values[i] = row[-len(answers[i]) :].mean().item()

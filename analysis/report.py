@@ -94,8 +94,8 @@ def demo(
     """
     from analysis.evaluate import evaluate_tasks
     from analysis.geometry import geometry
-    from analysis.prompts import no_bars
     from surgery import zoo
+    from surgery.models import no_bars
     from surgery.weights.merge import merge
     from surgery.weights.recipe import recipe_from_command
     from surgery.weights.vector import TaskVector

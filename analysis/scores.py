@@ -17,10 +17,11 @@ from analysis.comparison import Comparison, compare
 from analysis.evaluate import evaluate, labels_of
 from analysis.likelihood import answer_log_likelihood, perplexity
 from analysis.passk import majority_at_k, pass_at_k
-from analysis.prompts import Progress, load
+from analysis.prompts import Progress
 from analysis.results import Result
 from analysis.rows import stated_answer
 from surgery.errors import SurgeryError
+from surgery.models import load
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -126,6 +126,19 @@ def get(
     return folder if out is None else _copy(folder, Path(out))
 
 
+def resolved(spec: str) -> str:
+    """`spec` with the name of a model of the zoo (also as the base of `base+adapter`) replaced by its folder.
+
+    What exists as a path stays, and so does everything that the zoo doesn't know.
+    """
+    if os.path.exists(spec):
+        return spec
+    name, plus, adapter = spec.partition("+")
+    if os.sep in name or "/" in name or os.path.exists(os.path.expanduser(name)):
+        return spec
+    return f"{get(name)}{plus}{adapter}" if name in PACKAGED or name in _tiny_members() else spec
+
+
 def _tiny_members() -> dict[str, str]:
     """Members that are there, and what each is: the words of family.json."""
     said = json.loads((TINY / "family.json").read_text(encoding="utf-8"))["members"]

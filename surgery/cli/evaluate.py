@@ -114,13 +114,13 @@ def evaluate(
         by = "task"
 
     from analysis.evaluate import labels_of
-    from analysis.prompts import located
     from analysis.scores import score
+    from surgery.models import located
 
     if by is not None and by not in labels_of(rows):
         raise SurgeryError(f"The examples have no column '{by}' to group by.", hint=nearest(by, labels_of(rows)))
     for spec in specs:
-        located(models.model(spec))  # before anything is asked
+        located(spec)  # before anything is asked
 
     found: dict[str, Scores] = {}
     for label, spec in zip(models.labels(specs), specs, strict=True):
@@ -168,15 +168,10 @@ def _numbers(text: str) -> list[int]:
 
 
 def _loaded(spec: str, dtype: str, device: str) -> Any:
-    from analysis.prompts import load, no_bars
+    from surgery.models import load, no_bars
 
-    model: Any
     with no_bars():
-        model, tokenizer = load(models.model(spec), dtype)
-    try:
-        return model.to(device), tokenizer
-    except (RuntimeError, AssertionError) as error:
-        raise SurgeryError(f"The device '{device}' can't be used: {str(error).partition(chr(10))[0]}") from error
+        return load(spec, dtype, device)
 
 
 def _written(found: dict[str, Scores], by: str | None, out: Path | None, plot: Path | None) -> list[Path]:

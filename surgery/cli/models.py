@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,17 +16,16 @@ if TYPE_CHECKING:
 
 def model(spec: str) -> str:
     """`spec` with names of the zoo replaced by folders, where no such path exists."""
-    if os.path.exists(spec):
-        return spec
-    base, plus, adapter = spec.partition("+")
-    return _zoo(base) + plus + adapter
+    from surgery import zoo
+
+    return zoo.resolved(spec)
 
 
 def in_recipe(recipe: Recipe) -> Recipe:
     """The recipe with the same done to all its models, but for those that are stages of its file."""
 
     def change(ref: ModelRef) -> ModelRef:
-        return ref if ref.path in recipe.needs or ref.revision else replace(ref, path=_zoo(ref.path))
+        return ref if ref.path in recipe.needs or ref.revision else replace(ref, path=model(ref.path))
 
     return recipe.with_models(change)
 
@@ -68,11 +66,3 @@ def labels(specs: Sequence[str]) -> list[str]:
     """A short name for each: the last part of its path, with a number where two are the same."""
     short = [Path(spec).name.removesuffix(".safetensors") or spec for spec in specs]
     return [name if short.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(short)]
-
-
-def _zoo(name: str) -> str:
-    if os.path.exists(os.path.expanduser(name)) or os.sep in name or "/" in name:
-        return name
-    from surgery import zoo
-
-    return str(zoo.get(name)) if any(known.name == name for known in zoo.list_models()) else name

@@ -102,7 +102,7 @@ def train(
 
 def _watched(recipe: Recipe, ready: planned_run.Ready, folder: Path, resume: bool) -> tuple[Run, list[str]]:
     """The finished run, and what it warned of."""
-    from analysis.prompts import no_bars
+    from surgery.models import no_bars
     from surgery.training.panel import watching
     from surgery.training.run import train as trained
 

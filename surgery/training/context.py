@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from surgery.errors import SurgeryError
+from surgery.models import encoded_prompts, pad_id
 from surgery.training.batch import Batch, right_padded
 from surgery.training.curriculum import Curriculum
-from surgery.training.data import Row, demonstrations, encoded_prompts, pad_id, pairs
+from surgery.training.data import Row, demonstrations, pairs
 from surgery.training.distributed import World
 from surgery.training.policy import Policy
 from surgery.training.recipe import Recipe

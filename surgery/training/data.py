@@ -23,6 +23,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
 
 from surgery.errors import SurgeryError
+from surgery.models import encoded_prompts, pad_id, tokenized
 from surgery.registry import nearest
 from surgery.tasks.hub import hub_rows
 from surgery.training import transforms
@@ -215,28 +216,6 @@ def _filled(rows: list[Row], templates: Row, name: str) -> list[Row]:
 # ---- rows as tokens ------------------------------------------------------------------------------------------------
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any, chat: bool = False) -> list[int]:
-    """The tokens of one prompt: see `encoded_prompts`."""
-    return encoded_prompts(tokenizer, [prompt], chat)[0]
-
-
-def encoded_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], chat: bool = False) -> list[list[int]]:
-    """The prompts' tokens: a list of messages (or any text, with `chat`) in the chat template, else with the
-    tokenizer's own first tokens. An end mark that the tokenizer adds is taken off."""
-    if chat or not all(isinstance(prompt, str) for prompt in prompts):
-        return [_turns(tokenizer, p) if chat or not isinstance(p, str) else prompt_ids(tokenizer, p) for p in prompts]
-    end = tokenizer.eos_token_id
-    return [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in _encoded(tokenizer, prompts, special=True)]
-
-
-def _turns(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
-    if not getattr(tokenizer, "chat_template", None):
-        raise SurgeryError("This tokenizer has no chat template.", hint="Set chat: false, or give plain prompts.")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return _encoded(tokenizer, [str(text)], special=False)[0]
-
-
 def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The tokens of one completion: see `encoded_completions`."""
     return encoded_completions(tokenizer, [text])[0]
@@ -246,17 +225,7 @@ def encoded_completions(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
     """Each completion's tokens and the end mark. Tokenised apart from the prompt: the boundary stays where it is."""
     if tokenizer.eos_token_id is None:
         raise SurgeryError("The tokenizer has no end-of-sequence token: a completion could not be ended.")
-    return [[*ids, tokenizer.eos_token_id] for ids in _encoded(tokenizer, texts, special=False)]
-
-
-def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool) -> list[list[int]]:
-    """All texts in one call: a call costs more than a text."""
-    return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=special)["input_ids"]] if texts else []
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any token will do where nothing is attended to."""
-    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    return [[*ids, tokenizer.eos_token_id] for ids in tokenized(tokenizer, texts, special=False)]
 
 
 def demonstrations(

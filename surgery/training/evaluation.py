@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from surgery.training.data import Rows, encoded_prompts
+from surgery.models import encoded_prompts
+from surgery.training.data import Rows
 from surgery.training.rewards import Rewards, make_reward
 from surgery.training.rollouts import LocalGenerator, Sampling
 

@@ -124,7 +124,8 @@ def estimate(
 
 def lengths(recipe: Recipe, parts: Plan, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """The longest prompt and the longest completion, in tokens, of the first `SAMPLE` rows."""
-    from surgery.training.data import completion_ids, prompt_ids
+    from surgery.models import prompt_ids
+    from surgery.training.data import completion_ids
 
     rows = [r.row(i) for r in parts.rows.values() for i in range(int(min(SAMPLE, r.size)))]
     prompts = [len(prompt_ids(tokenizer, row["prompt"], recipe.chat)) for row in rows]

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from tiny_runs import tokenizer
 
 from surgery.errors import SurgeryError
+from surgery.models import pad_id
 from surgery.training.batch import Batch
-from surgery.training.data import completion_ids, demonstrations, pad_id, pairs
+from surgery.training.data import completion_ids, demonstrations, pairs
 
 ids = st.lists(st.integers(3, 40), max_size=6)
 

@@ -7,9 +7,10 @@ import torch
 from tiny_runs import llama, tokenizer
 
 from surgery.errors import SurgeryError
+from surgery.models import prompt_ids
 from surgery.tasks import TASKS, verify
 from surgery.training.batch import Batch
-from surgery.training.data import ListRows, completion_ids, demonstrations, pairs, prompt_ids, rows_of, transformed
+from surgery.training.data import ListRows, completion_ids, demonstrations, pairs, rows_of, transformed
 from surgery.training.objectives import SFT
 from surgery.training.plan import plan
 from surgery.training.policy import Policy

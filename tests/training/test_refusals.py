@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny_runs import demonstrations, llama, many_letters, tokenizer, weights
 
-from analysis.prompts import load
 from surgery import zoo
 from surgery.errors import SurgeryError
+from surgery.models import load
 from surgery.training import train
 from surgery.training.run import open_model
 

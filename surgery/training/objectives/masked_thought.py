@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from surgery.errors import SurgeryError
+from surgery.models import pad_id
 from surgery.training.batch import Batch
-from surgery.training.data import pad_id
 from surgery.training.objectives.base import Loss, register
 from surgery.training.objectives.sft import SFT
 from surgery.training.policy import Scores

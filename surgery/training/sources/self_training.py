@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import SurgeryError
+from surgery.models import encoded_prompts
 from surgery.registry import Registry
-from surgery.training.data import Row, encoded_prompts
+from surgery.training.data import Row
 from surgery.training.signs import TrainingWarning
 from surgery.training.sources.base import SOURCES, Source, Update
 from surgery.training.sources.on_policy import known_metric
