@@ -30,13 +30,7 @@ def gpt2():
 
 def opt():
     torch.manual_seed(0)
-    size = {
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "hidden_size": 16,
-        "ffn_dim": 32,
-        "word_embed_proj_dim": 16,
-    }
+    size = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "word_embed_proj_dim": 16}
     return OPTForCausalLM(OPTConfig(vocab_size=40, ffn_dim=32, max_position_embeddings=32, **size)).eval()
 
 
