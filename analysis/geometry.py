@@ -27,7 +27,7 @@ import numpy as np
 from analysis import quantities
 from analysis import spectra as singular
 from analysis.family import family_of, labelled, refuse_nonfinite, shared
-from analysis.results import _files, _write
+from analysis.result_files import _files, _write
 from analysis.sweep import MAXIMA, Found, empty_sums, sweep
 from surgery.anatomy import KINDS, kind_of, layer_of, stack_of
 from surgery.checkpoint import Source, open_checkpoint

@@ -10,24 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-MARKERS = "osD^vP*Xd<>"
-DASHES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))]
-HATCHES = ["", "///", "...", "xxx", "\\\\\\", "ooo", "+++", "***"]
-GREYS = ["0.15", "0.55", "0.8", "0.35", "0.68", "0.9", "0.25", "0.6"]
-COLOURS = ["#003f5c", "#d1495b", "#66a182", "#8d6a9f", "#b07d12", "#00798c", "#5c4742", "#808080"]
-"""Of different lightness, so that they stay apart when printed in grey."""
-
-INK = LinearSegmentedColormap.from_list("ink", ["white", "0.2"])
-"""Dark is much. Stops short of black, so that a map of equal values is no black block."""
-
-MAX_CELLS = 30
-"""Rows and columns up to which the cells of a map carry their numbers."""
+from analysis.circuit_figure import circuit as circuit
+from analysis.maps import diverging_map as diverging_map
+from analysis.maps import heat_map as heat_map
+from analysis.maps import write_cells
+from analysis.style import COLOURS, DASHES, GREYS, HATCHES, INK, MARKERS, MAX_CELLS, bare, blank, legend_below, tick
+from surgery.errors import SurgeryError
 
 
 def save(figure: Figure, path: str | Path, *, dpi: int = 150) -> Path:
@@ -38,73 +30,6 @@ def save(figure: Figure, path: str | Path, *, dpi: int = 150) -> Path:
     return path
 
 
-def _blank(width: float, height: float, title: str, subplots: int = 1) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, subplots)
-    if title:
-        figure.suptitle(title, fontsize="medium")
-    return figure, axes
-
-
-def _bare(axis: Axes) -> None:
-    """Only the two lines that carry a scale, and a faint grid behind the data."""
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(axis="y", color="0.9", linewidth=0.7)
-    axis.set_axisbelow(True)
-
-
-def _legend_below(figure: Figure) -> None:
-    """One legend under the axes, where it takes nothing from their width."""
-    labels = figure.axes[0].get_legend_handles_labels()[1]
-    longest = max(map(len, labels)) + 7
-    columns = max(1, min(len(labels), int(12 * figure.get_figwidth() / longest)))
-    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
-
-
-def _cells(axis: Axes, values: np.ndarray, form: str, dark: np.ndarray) -> None:
-    """Writes every number into its cell, white where it is dark."""
-    size = 8 if values.shape[1] <= 12 else 6.5
-    for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            text = format(value, form)
-            text = text.lstrip("-") if not float(text) else text  # no "-0.00"
-            axis.text(column, row, text, ha="center", va="center", fontsize=size,
-                      color="white" if dark[row, column] else "black")  # fmt: skip
-
-
-def heat_map(
-    values: np.ndarray,
-    rows: Sequence[Any],
-    columns: Sequence[Any],
-    *,
-    title: str = "",
-    unit: str = "",
-    row_label: str = "layer",
-    column_label: str = "module",
-    form: str = ".2g",
-) -> Figure:
-    """A quantity by row (layer) and column (module). Dark is much; a cell that does not exist (NaN) is crossed out."""
-    values = np.asarray(values, dtype=float)
-    height = 1.6 + 0.3 * min(len(rows), 40)
-    figure, axis = _blank(2.4 + 0.75 * len(columns), height, title)
-    finite = values[np.isfinite(values)]
-    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
-    if 0 <= low < 0.5 * high:
-        low = 0.0  # an honest scale, unless everything is much the same
-    image = axis.imshow(values, aspect="auto", cmap=INK, vmin=low, vmax=high if high > low else low + 1)
-    axis.set_facecolor("white")
-    for row, column in np.argwhere(~np.isfinite(values)):
-        axis.plot([column - 0.5, column + 0.5], [row - 0.5, row + 0.5], color="0.8", linewidth=0.7)
-    if max(len(columns), len(rows)) <= MAX_CELLS:
-        _cells(axis, values, form, values > low + 0.6 * (high - low))
-    axis.set_xticks(range(len(columns)), [str(c) for c in columns], rotation=45 if len(columns) > 8 else 0)
-    step = -(-len(rows) // 40)
-    axis.set_yticks(range(0, len(rows), step), [str(r) for r in rows[::step]])
-    axis.set(xlabel=column_label, ylabel=row_label)
-    figure.colorbar(image, label=unit, aspect=30)
-    return figure
-
-
 def matrix(
     values: np.ndarray, labels: Sequence[str], *, title: str = "Cosine of task vectors", unit: str = "cosine",
     form: str = ".2f",
@@ -112,14 +37,14 @@ def matrix(
     """A square of pairs (cosines, conflicts, overlaps) with every number written out; negative ones are hatched."""
     values = np.asarray(values, dtype=float)
     side = 1.8 + 0.65 * len(labels)
-    figure, axis = _blank(side + 1.0, side, title)
+    figure, axis = blank(side + 1.0, side, title)
     image = axis.imshow(abs(values), cmap=INK, vmin=0, vmax=1)
     negative = np.argwhere(np.round(values, 2) < 0)
     for row, column in negative:
         corner = column - 0.5, row - 0.5
         axis.add_patch(Rectangle(corner, 1, 1, fill=False, hatch="///", edgecolor="0.75", linewidth=0))
     if len(labels) <= MAX_CELLS:
-        _cells(axis, values, form, abs(values) > 0.6)
+        write_cells(axis, values, form, abs(values) > 0.6)
     axis.set_xticks(range(len(labels)), labels, rotation=30, ha="right", rotation_mode="anchor")
     axis.set_yticks(range(len(labels)), labels)
     figure.colorbar(image, label=f"|{unit}|, hatched: negative" if len(negative) else unit, shrink=0.8)
@@ -131,7 +56,7 @@ def spectrum(values: Mapping[str, np.ndarray], *, title: str = "Spectrum", energ
 
     The mark on a curve is the rank that holds the share `energy`.
     """
-    figure, (left, right) = _blank(9, 3.8, title, subplots=2)
+    figure, (left, right) = blank(9, 3.8, title, columns=2)
     for i, (label, s) in enumerate(values.items()):
         s = np.asarray(s, dtype=float)
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
@@ -144,7 +69,7 @@ def spectrum(values: Mapping[str, np.ndarray], *, title: str = "Spectrum", energ
     left.set(xlabel="rank", ylabel="singular value")
     right.set(xlabel="rank", ylabel="share of squared norm", ylim=(0, 1.02))
     for axis in (left, right):
-        _bare(axis)
+        bare(axis)
         axis.legend(frameon=False, fontsize="small")
     return figure
 
@@ -158,7 +83,7 @@ def ulp_histogram(counts: Mapping[str, np.ndarray], lowest: int, *, zeros: Mappi
     """
     visible = np.flatnonzero(np.max([np.asarray(c) for c in counts.values()], axis=0) > 5e-4)
     first, last = min([*visible[:1], -lowest]), max([*visible[-1:], -lowest])
-    figure, axis = _blank(max(6.0, 2.5 + 0.45 * (last - first + 1)), 3.8, title)
+    figure, axis = blank(max(6.0, 2.5 + 0.45 * (last - first + 1)), 3.8, title)
     width, places = 0.8 / len(counts), np.arange(first, last + 1) + lowest
     for i, (label, c) in enumerate(counts.items()):
         shift = (i - (len(counts) - 1) / 2) * width
@@ -176,7 +101,7 @@ def ulp_histogram(counts: Mapping[str, np.ndarray], lowest: int, *, zeros: Mappi
               fontsize="small")  # fmt: skip
     axis.set_xticks(list(ticks), list(ticks.values()))
     axis.set(xlabel="|d| / ulp(base), from", ylabel="numbers, % of all")
-    _bare(axis)
+    bare(axis)
     axis.legend(frameon=False, fontsize="small")
     return figure
 
@@ -186,7 +111,7 @@ def bars(
     group_label: str = "layer", reference: float | None = None, reference_label: str = "",
 ) -> Figure:  # fmt: skip
     """Grouped bars with one hatching a series, and a dashed line at `reference` (what chance would give)."""
-    figure, axis = _blank(max(5.0, 1.8 + 0.22 * len(groups) * max(1, len(values))), 3.6, title)
+    figure, axis = blank(max(5.0, 1.8 + 0.22 * len(groups) * max(1, len(values))), 3.6, title)
     width = 0.8 / max(1, len(values))
     for i, (label, heights) in enumerate(values.items()):
         places = np.arange(len(groups)) + (i - (len(values) - 1) / 2) * width
@@ -200,9 +125,9 @@ def bars(
     names = [str(g) for g in groups[::step]]
     axis.set_xticks(range(0, len(groups), step), names, rotation=45 if long else 0, ha="right" if long else "center")
     axis.set(xlabel=group_label, ylabel=unit)
-    _bare(axis)
+    bare(axis)
     if len(values) > 1 or reference_label:
-        _legend_below(figure)
+        legend_below(figure)
     return figure
 
 
@@ -211,7 +136,7 @@ def intervals(
     title: str = "",
 ) -> Figure:  # fmt: skip
     """Shares with their intervals, (mean, low, high) over `groups`: one marker a series, side by side in a group."""
-    figure, axis = _blank(max(4.0, 1.6 + 0.35 * len(groups) * (1 + len(series))), 3.6, title)
+    figure, axis = blank(max(4.0, 1.6 + 0.35 * len(groups) * (1 + len(series))), 3.6, title)
     for i, (label, (mean, low, high)) in enumerate(series.items()):
         places = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * 0.6 / len(series)
         spread = np.clip([np.subtract(mean, low), np.subtract(high, mean)], 0, None)
@@ -223,8 +148,8 @@ def intervals(
     axis.set_xticks(range(len(groups)), [str(g) for g in groups], rotation=45 if long else 0,
                     ha="right" if long else "center")  # fmt: skip
     axis.set(xlabel=group_label, ylabel=y_label)
-    _bare(axis)
-    _legend_below(figure)
+    bare(axis)
+    legend_below(figure)
     return figure
 
 
@@ -242,7 +167,7 @@ def curves(
 
     `references` are horizontal lines with a name (the base, the best single model).
     """
-    figure, axis = _blank(6.6, 4.0, title)
+    figure, axis = blank(6.6, 4.0, title)
     places = np.asarray(x, dtype=float)
     for i, (label, y) in enumerate(series.items()):
         style: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "linestyle": DASHES[i % len(DASHES)]}
@@ -263,7 +188,74 @@ def curves(
     elif np.all(places == np.round(places)):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel=x_label, ylabel=y_label)
-    _bare(axis)
+    bare(axis)
     if len(series) > 1:
-        _legend_below(figure)
+        legend_below(figure)
+    return figure
+
+
+def groups(
+    values: Mapping[str, Sequence[float]], *, unit: str, group_label: str = "", title: str = "",
+    reference: float | None = None, reference_label: str = "",
+) -> Figure:  # fmt: skip
+    """Two or more sets of numbers side by side: every one as a point, and a box of quartiles (whiskers 5 to 95 %).
+
+    The number of finite values stands under each name. Raises `SurgeryError` when a group has none.
+    """
+    finite = {label: np.asarray(v, dtype=float).ravel() for label, v in values.items()}
+    finite = {label: v[np.isfinite(v)] for label, v in finite.items()}
+    if empty := [label for label, v in finite.items() if not v.size] or ([] if finite else ["of any name"]):
+        raise SurgeryError(f"Group {empty[0]!r} has no finite values to draw.")
+    names = [f"{tick(label, 24)}\nn = {len(v)}" for label, v in finite.items()]
+    figure, axis = blank(max(4.0, 1.4 + 1.1 * len(names)), 3.8, title)
+    boxes = {"color": "black", "linewidth": 1.1}
+    axis.boxplot(list(finite.values()), positions=range(len(names)), widths=0.5, whis=(5, 95), showfliers=False,
+                 boxprops=boxes, whiskerprops=boxes, capprops=boxes, medianprops=boxes | {"linewidth": 2.2},
+                 manage_ticks=False, zorder=3)  # fmt: skip
+    for i, v in enumerate(finite.values()):
+        sideways = np.random.default_rng(i).uniform(-0.18, 0.18, size=len(v))
+        style: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "s": 22 if len(v) <= 60 else 8, "linewidths": 0.7}
+        colour = COLOURS[i % len(COLOURS)]
+        style |= {
+            "facecolors": "none" if i % 2 else colour,
+            "edgecolors": colour,
+            "alpha": 0.7 if len(v) <= 200 else 0.3,
+        }
+        axis.scatter(i + sideways, v, **style)
+    if reference is not None:
+        axis.axhline(reference, color="black", linestyle="--", linewidth=1, label=reference_label)
+        if reference_label:
+            legend_below(figure)
+    axis.set_xlim(-0.6, len(names) - 0.4)
+    axis.set_xticks(range(len(names)), names)
+    axis.set(xlabel=group_label, ylabel=unit)
+    bare(axis)
+    return figure
+
+
+def scatter(
+    x: Sequence[float], y: Sequence[float], labels: Sequence[Any] | None = None, *, x_label: str, y_label: str,
+    title: str = "",
+) -> Figure:  # fmt: skip
+    """Points in a plane (two principal directions), a marker for each group of `labels`; faint lines through 0.
+
+    Raises `SurgeryError` when the three are of different lengths.
+    """
+    places, heights = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    named = [""] * len(places) if labels is None else list(labels)
+    if not len(places) == len(heights) == len(named):
+        raise SurgeryError(f"Points need x, y and label: found {len(places)}, {len(heights)} and {len(named)}.")
+    figure, axis = blank(5.2, 4.4, title)
+    for line in (axis.axhline, axis.axvline):
+        line(0, color="0.8", linewidth=0.7, zorder=0)
+    size = 30 if len(places) <= 200 else 12
+    for i, group in enumerate(dict.fromkeys(named)):
+        mine, colour = [name == group for name in named], COLOURS[i % len(COLOURS)]
+        style: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "s": size, "edgecolors": colour, "alpha": 0.8}
+        style |= {"facecolors": "none" if i % 2 else colour, "linewidths": 0.8, "label": tick(group, 40)}
+        axis.scatter(places[mine], heights[mine], **style)
+    axis.set(xlabel=x_label, ylabel=y_label)
+    axis.spines[["top", "right"]].set_visible(False)
+    if labels is not None:
+        legend_below(figure)
     return figure

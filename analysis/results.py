@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +9,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from analysis import result_files
+from analysis.resampling import Z95 as Z95
+from analysis.resampling import bootstrap, sign_flip, wilson
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-Z95 = 1.959963984540054
+REDUCTIONS: Mapping[str, Callable[..., np.ndarray]] = {"mean": np.mean, "sum": np.sum, "max": np.max, "min": np.min}
 
 
 class Interval(NamedTuple):
@@ -38,12 +39,25 @@ class PairedTest(NamedTuple):
     """Number of pairs."""
 
 
+class MeanTest(NamedTuple):
+    """A two-sided sign-flip test of "the mean is zero", a cell at a time."""
+
+    mean: np.ndarray
+    """What was observed."""
+    p_value: np.ndarray
+    """Share of sign flips whose mean is at least as far from zero, the observed one counted."""
+    n: int
+    """Number of examples."""
+
+
 @dataclass(frozen=True)
 class Result:
     """What was measured, one value an example: nothing is averaged before it must be.
 
     `values` has shape (examples, ...); `axes` names each dimension and gives its labels, the examples first.
     `columns` holds more about each example (its task, the completion), `meta` about the run. Both must be plain JSON.
+    Two entries of `meta` are read here: "ticks" (how a figure writes the labels of an axis, `{"position": tokens}`)
+    and "ratio_of" (the column whose mean the values were divided by, see `normalized`).
     Raises `SurgeryError` when labels and values do not fit.
     """
 
@@ -55,7 +69,7 @@ class Result:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", np.asarray(self.values, dtype=np.float64))
-        object.__setattr__(self, "axes", {name: list(labels) for name, labels in self.axes.items()})
+        object.__setattr__(self, "axes", {name: list(map(_label, labels)) for name, labels in self.axes.items()})
         object.__setattr__(self, "columns", {name: list(column) for name, column in self.columns.items()})
         shape = tuple(len(labels) for labels in self.axes.values())
         if self.values.ndim == 0 or self.values.shape != shape:
@@ -65,6 +79,8 @@ class Result:
                 raise SurgeryError(
                     f"Result '{self.name}': column '{name}' has {len(column)} entries, expected {len(self)}."
                 )
+        if (by := self.meta.get("ratio_of")) is not None and by not in self.columns:
+            raise SurgeryError(f"Result '{self.name}' is a ratio over column '{by}', which it has not.")
 
     @classmethod
     def of(cls, values: Iterable[float], labels: Iterable[Any] | None = None, **more: Any) -> Result:
@@ -83,17 +99,61 @@ class Result:
     @property
     def binary(self) -> bool:
         """Whether every value is 0 or 1: a share of successes, not a mean of measurements."""
-        return bool(np.isin(self.values, (0.0, 1.0)).all())
+        return self._ratio is None and bool(np.isin(self.values, (0.0, 1.0)).all())
+
+    @property
+    def _ratio(self) -> np.ndarray | None:
+        """Of a ratio of means: the column below the line, over its mean (the values are over it already)."""
+        if "ratio_of" not in self.meta:
+            return None
+        column = np.asarray(self.columns[self.meta["ratio_of"]], dtype=np.float64)
+        return column / column.mean()
 
     # ---- parts
 
     def where(self, keep: Sequence[bool] | np.ndarray) -> Result:
-        """The examples for which `keep` is true."""
-        index = np.flatnonzero(np.asarray(keep)).tolist()
-        first, *others = self.axes
-        axes = {first: [self.labels[i] for i in index], **{name: self.axes[name] for name in others}}
-        columns = {name: [column[i] for i in index] for name, column in self.columns.items()}
-        return Result(self.values[index], axes, self.name, columns, self.meta)
+        """The examples for which `keep` is true. A ratio of means becomes the ratio over these examples."""
+        return self._take(0, np.flatnonzero(np.asarray(keep)).tolist())
+
+    def select(self, axis: str, which: Any) -> Result:
+        """Some entries of an axis: a label (a further axis goes away), a list of labels in its order, or a slice.
+
+        A slice counts places (`slice(-1, None)` is the last one); so do whole numbers where the labels are no numbers.
+        Raises `SurgeryError` when there is no such axis or label.
+        """
+        if axis not in self.axes:
+            raise SurgeryError(f"Result '{self.name}' has no axis '{axis}'.", hint=f"Its axes: {', '.join(self.axes)}.")
+        place, labels = list(self.axes).index(axis), list(self.axes[axis])
+        if isinstance(which, slice):
+            return self._take(place, list(range(len(labels))[which]))
+        many = isinstance(which, list | range | np.ndarray) or (isinstance(which, tuple) and which not in labels)
+        by_place = not any(isinstance(label, int | float) for label in labels)
+        index = []
+        for entry in map(_label, which if many else [which]):
+            if entry in labels:
+                index.append(labels.index(entry))
+            elif by_place and isinstance(entry, int) and -len(labels) <= entry < len(labels):
+                index.append(range(len(labels))[entry])
+            else:
+                known = ", ".join(map(repr, labels[:12])) + (", ..." if len(labels) > 12 else "")
+                raise SurgeryError(f"Axis '{axis}' of result '{self.name}' has no {entry!r}.", hint=f"It has: {known}.")
+        found = self._take(place, index)
+        return found if many or place == 0 else found.reduce(axis)
+
+    def _take(self, place: int, index: list[int]) -> Result:
+        """Entries of the axis at `place`, with all that belongs to them."""
+        axis = list(self.axes)[place]
+        axes = {**self.axes, axis: [self.axes[axis][i] for i in index]}
+        values, columns, meta = self.values.take(index, axis=place), self.columns, dict(self.meta)
+        if axis in (ticks := meta.get("ticks", {})):
+            meta["ticks"] = {**ticks, axis: [ticks[axis][i] for i in index]}
+        if place == 0:
+            columns = {name: [column[i] for i in index] for name, column in self.columns.items()}
+            if "ratio_of" in meta and index:
+                by = meta.pop("ratio_of")
+                above = values * np.mean(self.columns[by])
+                return Result(above, axes, self.name, columns, meta).normalized(by, name=self.name)
+        return Result(values, axes, self.name, columns, meta)
 
     def by(self, column: str) -> dict[Any, Result]:
         """The examples grouped by a column, in the order in which its entries first occur."""
@@ -102,40 +162,104 @@ class Result:
 
     def over(self, axis: str) -> Result:
         """The mean over one of the further axes (samples, seeds), still one value an example."""
+        return self.reduce(axis)
+
+    def reduce(self, axis: str, how: str = "mean") -> Result:
+        """The mean, sum, max or min over one of the further axes, still one value an example."""
         if axis not in list(self.axes)[1:]:
             raise SurgeryError(f"Result '{self.name}' has no axis '{axis}' to average: {', '.join(self.axes)}.")
-        values = self.values.mean(axis=list(self.axes).index(axis))
+        if how not in REDUCTIONS:
+            raise SurgeryError(f"Axes are not reduced by '{how}'.", hint=f"Choose from {', '.join(REDUCTIONS)}.")
+        values = REDUCTIONS[how](self.values, axis=list(self.axes).index(axis))
         axes = {name: labels for name, labels in self.axes.items() if name != axis}
         return Result(values, axes, self.name, self.columns, self.meta)
+
+    # ---- ratios
+
+    def normalized(self, by: str = "span", *, name: str | None = None, tolerance: float = 1e-5) -> Result:
+        """Ratio of batch means: the values over the mean of column `by` (of the span: LD_clean - LD_corrupt).
+
+        The mean over any examples is mean(values) / mean(column) exactly. Interval and standard error count what the
+        column varies: both are resampled together, and the delta method is used. A mean of the column within a few
+        standard errors of zero shows as an interval that is very wide. Raises `SurgeryError` when the mean is below
+        `tolerance` times the size of what was measured (values, column, columns "clean" and "corrupt").
+        """
+        if "ratio_of" in self.meta:
+            raise SurgeryError(f"Result '{self.name}' is a ratio already, over '{self.meta['ratio_of']}'.")
+        column = self._numbers(by)
+        baselines = (self.columns[name] for name in ("clean", "corrupt") if name in self.columns)
+        size = max(map(_size, (self.values, column, *baselines)))
+        middle, what = float(column.mean()), "clean - corrupt" if by == "span" else by
+        if abs(middle) <= tolerance * size:
+            raise SurgeryError(
+                f"Result '{self.name}': baselines coincide: mean {what} is {middle:.1g} at a size of {size:.2g}.",
+                hint="Take examples on which clean and corrupt differ, or report the values without normalising.",
+            )
+        meta = {**self.meta, "ratio_of": by}
+        return Result(self.values / middle, self.axes, name or f"{self.name} / mean {by}", self.columns, meta)
+
+    def per_example_ratio(self, by: str = "span", *, name: str | None = None) -> Result:
+        """Each value over its own example's column: infinite where that is 0, NaN for 0 / 0. See `normalized` first.
+
+        One example with equal baselines makes the mean infinite; the ratio of means does not mind it.
+        """
+        below = self._numbers(by).reshape(-1, *[1] * (self.values.ndim - 1))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = self.values / below
+        meta = {k: v for k, v in self.meta.items() if k != "ratio_of"}
+        return Result(values, self.axes, name or f"{self.name} / {by}", self.columns, meta)
+
+    def _numbers(self, column: str) -> np.ndarray:
+        """A column as numbers. Raises `SurgeryError` when there is none, or it holds anything else."""
+        if column not in self.columns:
+            known = ", ".join(self.columns) or "none"
+            raise SurgeryError(f"Result '{self.name}' has no column '{column}'.", hint=f"Its columns: {known}.")
+        try:
+            numbers = np.asarray(self.columns[column], dtype=np.float64)
+        except (TypeError, ValueError):
+            numbers = np.array([np.nan])
+        if numbers.shape != (len(self),) or not numbers.size or not np.isfinite(numbers).all():
+            raise SurgeryError(f"Result '{self.name}': column '{column}' must hold one finite number an example.")
+        return numbers
 
     # ---- reductions over the examples
 
     @property
     def mean(self) -> np.ndarray:
         """Mean over the examples."""
-        return self.values.mean(axis=0)
+        with np.errstate(invalid="ignore"):  # per-example ratios: inf - inf
+            return self.values.mean(axis=0)
 
     @property
     def standard_error(self) -> np.ndarray:
-        """Standard error of the mean: sd / sqrt(n) with the n - 1 variance; NaN for one example."""
+        """Standard error of the mean: sd / sqrt(n) with the n - 1 variance; NaN for one example.
+
+        Of a ratio of means by the delta method: that of values - mean * column / mean(column).
+        """
         if len(self) < 2:
             return np.full(self.values.shape[1:], np.nan)[()]
-        return self.values.std(axis=0, ddof=1) / np.sqrt(len(self))
+        values, below = self.values, self._ratio
+        if below is not None:
+            values = values - np.multiply.outer(below, self.mean)
+        with np.errstate(invalid="ignore"):
+            return values.std(axis=0, ddof=1) / np.sqrt(len(self))
 
     def interval(self, *, resamples: int = 2000, seed: int = 0) -> Interval:
         """95 % interval of the mean: Wilson's for zeros and ones (Wilson 1927), percentile bootstrap otherwise."""
-        n = len(self)
         if self.binary:
-            p, z2 = self.mean, Z95**2
-            middle = (p + z2 / (2 * n)) / (1 + z2 / n)
-            half = Z95 / (1 + z2 / n) * np.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-            return Interval(middle - half, middle + half)
-        counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
-        means = np.tensordot(counts / n, self.values, axes=1)
-        return Interval(*np.quantile(means, (0.025, 0.975), axis=0))
+            return Interval(*wilson(self.mean, len(self)))
+        return Interval(*bootstrap(self.values, self._ratio, resamples=resamples, seed=seed))
+
+    def test(self, *, permutations: int = 10_000, seed: int = 0) -> MeanTest:
+        """Is the mean different from zero? Sign-flip permutation test a cell, seeded; exact for a few examples.
+
+        It holds for values that are as often above zero as below when there is no effect. p-values are not corrected
+        for the number of cells: a sweep of 100 cells has some five below 0.05 by chance.
+        """
+        return MeanTest(self.mean, sign_flip(self.values, permutations=permutations, seed=seed), len(self))
 
     def paired_test(self, other: Result, *, permutations: int = 10_000, seed: int = 0) -> PairedTest:
-        """Is this result's mean different from `other`'s on the same examples? Sign-flip permutation test, seeded.
+        """Is this result's mean different from `other`'s on the same examples? `test` of the differences.
 
         Raises `SurgeryError` when the two were not measured on the same examples.
         """
@@ -143,15 +267,22 @@ class Result:
             raise SurgeryError(
                 f"Results '{self.name}' and '{other.name}' have different examples: they can't be paired."
             )
-        difference = self.values - other.values
-        n, observed, rng = len(self), difference.mean(axis=0), np.random.default_rng(seed)
-        # A hair of slack: equal means that were added up in another order count as equal.
-        limit = np.abs(observed) * (1 - 1e-9) - 1e-15
-        far: Any = 0
-        for start in range(0, permutations, 1000):  # in blocks, for the memory
-            signs = rng.integers(0, 2, size=(min(1000, permutations - start), n), dtype=np.int8) * 2.0 - 1.0
-            far = far + (np.abs(np.tensordot(signs / n, difference, axes=1)) >= limit).sum(axis=0)
-        return PairedTest(observed, (1 + far) / (1 + permutations), n)
+        with np.errstate(invalid="ignore"):
+            difference = Result(self.values - other.values, self.axes)
+        return PairedTest(*difference.test(permutations=permutations, seed=seed))
+
+    def top(self, k: int = 10, *, largest: bool = True, absolute: bool = False) -> list[tuple[Any, ...]]:
+        """The k cells with the greatest (or least) mean, or mean size: (label on each further axis, ..., mean).
+
+        Cells without a mean (NaN) are left out. Raises `SurgeryError` when there is one value an example.
+        """
+        if self.values.ndim < 2:
+            raise SurgeryError(f"Result '{self.name}' has one value an example: there are no cells to rank.")
+        mean, labels = self.mean, list(self.axes.values())[1:]
+        key = np.abs(mean) if absolute else mean
+        order = np.argsort(-key if largest else key, axis=None, kind="stable")
+        cells = [np.unravel_index(i, mean.shape) for i in order if not np.isnan(mean.flat[i])][:k]
+        return [(*(names[i] for names, i in zip(labels, cell, strict=True)), float(mean[cell])) for cell in cells]
 
     # ---- out
 
@@ -185,61 +316,23 @@ class Result:
             frame.insert(position, name, [entry for entry in column for _ in range(each)])
         return frame
 
-    def plot(self, by: str | None = None) -> Figure:
-        """Means with 95 % intervals: points (one a group of column `by`), a line over one more axis, a map over two."""
-        from matplotlib.figure import Figure
+    def plot(self, by: str | None = None, *, title: str = "") -> Figure:
+        """Means with 95 % intervals: points (one a group of column `by`), a line over one more axis; over two a map of
+        the means, over three a map a panel."""
+        from analysis.result_figures import draw
 
-        figure = Figure(figsize=(6, 3.5), layout="constrained")
-        axis = figure.subplots()
-        if self.values.ndim == 3:
-            _, (row, rows), (column, columns) = self.axes.items()
-            image = axis.imshow(self.mean, aspect="auto", cmap="cividis")
-            axis.set(xlabel=column, ylabel=row)
-            axis.set_xticks(range(len(columns)), [str(c) for c in columns])
-            axis.set_yticks(range(len(rows)), [str(r) for r in rows])
-            figure.colorbar(image, label=self.name)
-            return figure
-        if self.values.ndim > 3:
-            raise SurgeryError(f"Result '{self.name}' has {self.values.ndim} axes; a figure shows at most 3.")
-        if self.values.ndim == 2:
-            ticks, mean, (low, high) = list(self.axes.values())[1], self.mean, self.interval()
-            axis.set_xlabel(list(self.axes)[1])
-        else:
-            groups = self.by(by) if by else {self.name: self}
-            ticks, mean = list(groups), np.array([g.mean for g in groups.values()])
-            low, high = np.array([g.interval() for g in groups.values()]).T
-        spread = np.clip([mean - low, high - mean], 0, None)
-        axis.errorbar(range(len(ticks)), mean, spread, fmt="ko" if self.values.ndim == 1 else "ko-", capsize=3)
-        axis.set_xticks(range(len(ticks)), [str(t) for t in ticks], rotation=30 if len(ticks) > 6 else 0)
-        axis.set_ylabel(self.name)
-        return figure
+        return draw(self, by, title)
 
     def save(self, path: str | Path) -> Path:
         """Write `path`.safetensors (the values) and `path`.json (all else); returns the JSON's path."""
-        from safetensors.numpy import save
-
-        values, words = _files(path)
-        words.parent.mkdir(parents=True, exist_ok=True)
         text = {"name": self.name, "axes": self.axes, "columns": self.columns, "meta": self.meta}
-        _write(values, save({"values": np.ascontiguousarray(self.values)}))
-        _write(words, json.dumps(text, indent=1, default=_plain).encode())
-        return words
+        return result_files.write(path, self.values, text)
 
     @classmethod
     def load(cls, path: str | Path) -> Result:
         """Read what `save` wrote. Raises `SurgeryError` when a file is missing or is not a result."""
-        from safetensors.numpy import load_file
-
-        values, words = _files(path)
-        try:
-            text = json.loads(words.read_text(encoding="utf-8"))
-            return cls(load_file(values)["values"], text["axes"], text["name"], text["columns"], text["meta"])
-        except FileNotFoundError as error:
-            raise SurgeryError(f"No result at {path}: {error.filename or error} is missing.") from None
-        except SurgeryError:
-            raise
-        except Exception as error:
-            raise SurgeryError(f"{path} is not a saved result: {error}") from error
+        values, text = result_files.read(path)
+        return cls(values, **text)
 
 
 def concatenate(results: Sequence[Result], **column: Sequence[Any]) -> Result:
@@ -247,6 +340,7 @@ def concatenate(results: Sequence[Result], **column: Sequence[Any]) -> Result:
     if not results:
         raise SurgeryError("No results to put together.")
     first = results[0]
+    by = _alike([r.meta.get("ratio_of") for r in results])
     columns: dict[str, list[Any]] = {}
     for name in [c for c in first.columns if all(c in r.columns for r in results)]:
         columns[name] = [entry for r in results for entry in r.columns[name]]
@@ -254,7 +348,11 @@ def concatenate(results: Sequence[Result], **column: Sequence[Any]) -> Result:
         columns[name] = [entry for entry, r in zip(entries, results, strict=True) for _ in range(len(r))]
     example = next(iter(first.axes))
     axes = {**first.axes, example: [label for r in results for label in r.labels]}
-    return Result(np.concatenate([r.values for r in results]), axes, first.name, columns, first.meta)
+    if by is None:
+        return Result(np.concatenate([r.values for r in results]), axes, first.name, columns, first.meta)
+    values = np.concatenate([r.values * np.mean(r.columns[by]) for r in results])
+    meta = {name: entry for name, entry in first.meta.items() if name != "ratio_of"}
+    return Result(values, axes, first.name, columns, meta).normalized(by, name=first.name)
 
 
 def stack(results: Mapping[Any, Result], axis: str) -> Result:
@@ -274,24 +372,32 @@ def stack(results: Mapping[Any, Result], axis: str) -> Result:
         alike = all(r.columns[name] == first.columns[name] for r in others)
         every = [list(entries) for entries in zip(*(r.columns[name] for r in results.values()), strict=True)]
         columns[name] = list(first.columns[name]) if alike else every
+    by = _alike([r.meta.get("ratio_of") for r in results.values()])
+    if by is not None and any(r.columns[by] != first.columns[by] for r in others):
+        raise SurgeryError(f"Results '{labels[0]}', '{labels[-1]}' are ratios over different '{by}': they don't stack.",
+                           hint="Stack what was measured, or compare the ratios one by one.")  # fmt: skip
     values = np.stack([r.values for r in results.values()], axis=-1)
     return Result(values, {**first.axes, axis: labels}, first.name, columns, first.meta)
 
 
-def _files(path: str | Path) -> tuple[Path, Path]:
-    path = Path(path)
-    stem = path.with_suffix("") if path.suffix in (".json", ".safetensors") else path
-    return stem.with_name(stem.name + ".safetensors"), stem.with_name(stem.name + ".json")
+def _alike(ratios: list[str | None]) -> str | None:
+    """The column that all are ratios over. Raises `SurgeryError` when some are not."""
+    if any(by != ratios[0] for by in ratios):
+        raise SurgeryError("Ratios and what is not one (or over another column) can't be put together.")
+    return ratios[0]
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def _size(numbers: Any) -> float:
+    """Mean size of the finite ones; 0 for what are no numbers (a column "clean" may hold the prompts)."""
+    try:
+        sizes = np.abs(np.asarray(numbers, dtype=np.float64))
+    except (TypeError, ValueError):
+        return 0.0
+    return float(np.nan_to_num(sizes, nan=0.0, posinf=0.0).mean())
 
 
-def _plain(thing: Any) -> Any:
-    """NumPy scalars and arrays, paths: as JSON would have them."""
-    convert: Callable[[], Any] | None = getattr(thing, "tolist", None)
-    return convert() if convert else str(thing)
+def _label(entry: Any) -> Any:
+    """A label as it comes back from a file: NumPy's scalars are Python's, and what was a tuple is one again."""
+    if isinstance(entry, np.generic):
+        return entry.item()
+    return tuple(entry) if isinstance(entry, list) else entry
