@@ -26,9 +26,14 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     Raises `SurgeryError` when its parts can't be found, or are not what the definitions of the sites say.
     """
     found = _KNOWN.get(model)
-    if found is None or found.blocks[0] is not model.get_submodule(found.family.stack)[0]:
+    if found is None or found.blocks[0] is not _blocks(model, found.family)[0]:
         found = _KNOWN[model] = _checked(model)
     return found
+
+
+def _blocks(model: PreTrainedModel, family: Family) -> list[Any]:
+    stack: Any = model.get_submodule(family.stack)
+    return list(stack)
 
 
 def _checked(model: PreTrainedModel) -> Anatomy:
@@ -51,7 +56,7 @@ class Anatomy:
         self.family: Family = family or family_of(model)
         self.name: str = model.config.model_type
         try:
-            self.blocks: list[Any] = list(model.get_submodule(self.family.stack))  # type: ignore[arg-type]
+            self.blocks = _blocks(model, self.family)
             self.final_norm = model.get_submodule(self.family.final_norm)
             self.embed: Any = model.get_input_embeddings()
             self.head: Any = model.get_output_embeddings()
@@ -72,7 +77,7 @@ class Anatomy:
     def _kv_heads(self) -> int:
         if self.family.k is not None:
             return width(self.blocks[0].get_submodule(self.family.k), output=True) // self.d_head
-        slots = width(self.blocks[0].get_submodule(self.family.qkv), output=True) // self.d_head  # type: ignore[arg-type]
+        slots = width(self.blocks[0].get_submodule(self.family.qkv), output=True) // self.d_head
         return (slots - self.n_heads) // 2
 
     # ---- modules

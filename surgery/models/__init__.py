@@ -8,16 +8,16 @@
 
 | file | holds |
 |---|---|
-| loading.py | `load`, `located`, `no_bars`; `untouched`, in which a model is looked at |
+| loading.py | `load`, `located`, `no_bars`, `cache_name`; `untouched`, in which a model is looked at |
 | batch.py | `encode`, `as_batch`, `Batch`; prompts as lists of token ids |
 | pair.py | `Pair` |
 """
 
 from surgery.models.batch import Batch, as_batch, encode, encoded_prompts, pad_id, prompt_ids, tokenized
-from surgery.models.loading import load, located, no_bars, untouched
+from surgery.models.loading import cache_name, load, located, no_bars, untouched
 from surgery.models.pair import Pair
 
 __all__ = [
-    "Batch", "Pair", "as_batch", "encode", "encoded_prompts", "load", "located", "no_bars", "pad_id", "prompt_ids",
-    "tokenized", "untouched",
+    "Batch", "Pair", "as_batch", "cache_name", "encode", "encoded_prompts", "load", "located", "no_bars", "pad_id",
+    "prompt_ids", "tokenized", "untouched",
 ]  # fmt: skip

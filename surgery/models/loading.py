@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -68,6 +69,12 @@ def load(
     except (RuntimeError, AssertionError) as error:
         told = str(error).partition("\n")[0]
         raise SurgeryError(f"The device '{device}' can't be used: {told}") from error
+
+
+def cache_name(module: nn.Module) -> str | None:
+    """What a model's forward calls its key-value cache: `cache` from transformers 5.24 on, else `past_key_values`."""
+    accepted = inspect.signature(module.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in accepted), None)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
+from surgery.models import cache_name
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -164,7 +165,7 @@ class CausalDecoder:
     def __init__(self, model: nn.Module, room: int = ROOM) -> None:
         inner = _unwrapped(model)
         self._config = inner.config.get_text_config(decoder=True)
-        standard = "past_key_values" in inspect.signature(inner.forward).parameters and standard_cache(self._config)
+        standard = cache_name(inner) is not None and standard_cache(self._config)
         if not standard or inner.config.is_encoder_decoder or _prompt_learning(model):
             raise SurgeryError(
                 f"{type(inner).__name__} can't be decoded row by row here: it has no standard key-value cache, or an "
@@ -176,7 +177,9 @@ class CausalDecoder:
         split = backbone_and_head(model)
         self._backbone: Any = split[0] if split else model
         self._head: Head | None = split[1] if split else None
-        accepted = inspect.signature((self._backbone if split else inner).forward).parameters
+        reader = self._backbone if split else inner
+        accepted = inspect.signature(reader.forward).parameters
+        self._cache_name = cache_name(reader) or "past_key_values"
         self._takes_positions = "position_ids" in accepted
         self._more: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self.room = room
@@ -205,12 +208,11 @@ class CausalDecoder:
 
     def _run(self, ids: Tensor, positions: Tensor, state: CausalState) -> Tensor:
         more: dict[str, Any] = {"position_ids": positions} if self._takes_positions else {}
+        more[self._cache_name] = state.cache
         mask = None if state.mask is None else state.mask[:, : state.length]
         if self._wide and mask is not None and ids.shape[1] == 1:
             mask = mask[:, None, None]
-        out: Any = self._backbone(
-            input_ids=ids, attention_mask=mask, past_key_values=state.cache, use_cache=True, **more, **self._more
-        )
+        out: Any = self._backbone(input_ids=ids, attention_mask=mask, use_cache=True, **more, **self._more)
         return out.logits[:, -1] if self._head is None else self._head(out.last_hidden_state[:, -1])
 
     def _takes_wide_masks(self) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
+from surgery.models import cache_name
 from surgery.training.batch import Batch
 from surgery.training.decoding import CausalDecoder, Decoder, backbone_and_head, standard_cache
 from surgery.training.summed import SummedDecoder, check_vocabularies
@@ -198,12 +199,13 @@ class _Backbone:
         accepted = inspect.signature(module.forward).parameters
         self.positions = "position_ids" in accepted
         config: Any = getattr(module, "config", None)
-        self.remembers = config is not None and "past_key_values" in accepted and standard_cache(config)
+        self._cache_name = cache_name(module)
+        self.remembers = config is not None and self._cache_name is not None and standard_cache(config)
         """Whether keys and values are all that it remembers of a prompt: then a group can share them."""
 
     def __call__(self, ids: Tensor, mask: Tensor, *, positions: Tensor | None = None, cache: Any = None) -> Tensor:
         """(rows, pos, d_model) for `ids`; `mask` is (rows, pos with the cache), or (rows, 1, pos, pos) as it is."""
-        more: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
+        more: dict[str, Any] = {self._cache_name or "past_key_values": cache, "use_cache": cache is not None}
         if mask.dim() == 4:
             more["attention_mask"] = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill(
                 ~mask, -torch.inf
