@@ -43,7 +43,7 @@ class Html:
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{escape(self.title)}</title>\n</head>\n"
+            f"<title>{_said(self.title)}</title>\n</head>\n"
             f'<body style="max-width:70em;margin:1em auto;padding:0 1em;color:#111;background:#fff">\n{self.body}\n'
             "</body>\n</html>\n"
         )
@@ -98,12 +98,12 @@ def coloured_many(
         if more and len(more[0]) != len(tokens):
             raise SurgeryError(f"Each token needs one id: {len(tokens)} tokens, {len(more[0])} ids.")
     scale = _Scale.of(np.concatenate([np.empty(0), *arrays]), centre, limits)
-    parts = [f'<h3 style="{WORDS};margin:0.6em 0">{escape(shown(title))}</h3>'] if title else []
+    parts = [f'<h3 style="{WORDS};margin:0.6em 0">{_said(title)}</h3>'] if title else []
     for (tokens, _, *more), array, caption in zip(texts, arrays, captions, strict=True):
         ids = more[0] if more else [None] * len(tokens)
         spans = [_span(i, *token, scale, unit) for i, token in enumerate(zip(tokens, array, ids, strict=True))]
         if caption:
-            parts.append(f'<p style="{WORDS};margin:0.8em 0 0.2em">{escape(caption)}</p>')
+            parts.append(f'<p style="{WORDS};margin:0.8em 0 0.2em">{_said(caption)}</p>')
         parts.append(f'<div style="{TEXT};color:#111;background:#fff">{"".join(spans)}</div>')
     parts.append(scale.legend(unit))
     return Html(f"<div>{''.join(parts)}</div>", title)
@@ -114,14 +114,14 @@ def page(title: str, *parts: Html | Figure | str, figures: Literal["svg", "png"]
 
     Figures are images within the page. Raises `SurgeryError` for a part that is none of these.
     """
-    body = [f'<h2 style="{WORDS};font-size:1.3em">{escape(title)}</h2>']
+    body = [f'<h2 style="{WORDS};font-size:1.3em">{_said(title)}</h2>']
     for part in parts:
         if isinstance(part, Html):
             body.append(part.body)
         elif isinstance(part, Figure):
             body.append(_image(part, figures))
         elif isinstance(part, str):
-            body.append(f'<p style="{WORDS}">{escape(part)}</p>')
+            body.append(f'<p style="{WORDS}">{_said(part)}</p>')
         else:
             raise SurgeryError(f"A page takes Html, matplotlib figures and strings, not {type(part).__name__}.")
     return Html("\n".join(body), title)
@@ -164,11 +164,12 @@ class _Scale:
         stops = ",".join(self.colour(self.low + i / 8 * (self.high - self.low)) for i in range(9))
         ends = [f"{self.low:.3g}", f"{self.high:.3g}"]
         middle = f" (white: {self.centre:.3g})" if self.centre is not None else ""
+        below = f"; <u>underlined</u>: {'below white' if self.centre else 'negative'}"
+        below = below if self.low < (self.centre or 0) else ""
         return (
-            f'<div style="{WORDS};color:#111;margin:0.8em 0">{escape(unit)}{middle} {ends[0]} '
+            f'<div style="{WORDS};color:#111;margin:0.8em 0">{_said(unit)}{middle} {ends[0]} '
             f'<span style="display:inline-block;width:12em;height:0.9em;vertical-align:middle;border:1px solid #888;'
-            f'background:linear-gradient(to right,{stops})"></span> {ends[1]}; '
-            f"<u>underlined</u>: {'below white' if self.centre else 'negative'}</div>"
+            f'background:linear-gradient(to right,{stops})"></span> {ends[1]}{below}</div>'
         )
 
 
@@ -184,7 +185,12 @@ def _span(place: int, token: str, value: float, number: Any, scale: _Scale, unit
             ";text-decoration:underline" if value < 0 else ""
         )
     text = escape(shown(token)) or "∅"
-    return f'<span style="{style}" title="{escape(said)}">{text.replace("↵", "↵<br>")}</span><wbr>'
+    return f'<span style="{style}" title="{_said(said)}">{text.replace("↵", "↵<br>")}</span><wbr>'
+
+
+def _said(text: str) -> str:
+    """Words of a caller as a page may hold them: no markup, spaces as they are, hidden characters by their code."""
+    return "\n".join(escape(" ".join(map(shown, line.split(" ")))) for line in text.split("\n"))
 
 
 def _ink(background: str) -> str:
@@ -208,4 +214,4 @@ def _image(figure: Figure, kind: str) -> str:
         figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     suptitle = figure.get_suptitle()
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<p><img style="max-width:100%" alt="{escape(suptitle or "figure")}" src="data:{mime};base64,{data}"></p>'
+    return f'<p><img style="max-width:100%" alt="{_said(suptitle or "figure")}" src="data:{mime};base64,{data}"></p>'

@@ -206,7 +206,7 @@ def groups(
     finite = {label: v[np.isfinite(v)] for label, v in finite.items()}
     if empty := [label for label, v in finite.items() if not v.size] or ([] if finite else ["of any name"]):
         raise SurgeryError(f"Group {empty[0]!r} has no finite values to draw.")
-    names = [f"{tick(label, 24)}\nn = {len(v)}" for label, v in finite.items()]
+    names = [f"{tick(label)}\nn = {len(v)}" for label, v in finite.items()]
     figure, axis = blank(max(4.0, 1.4 + 1.1 * len(names)), 3.8, title)
     boxes = {"color": "black", "linewidth": 1.1}
     axis.boxplot(list(finite.values()), positions=range(len(names)), widths=0.5, whis=(5, 95), showfliers=False,

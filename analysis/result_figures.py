@@ -54,7 +54,7 @@ def _points(result: Result, by: str | None, title: str) -> Figure:
         groups = result.by(by) if by else {result.name: result}
         ticks, mean = list(groups), np.array([g.mean for g in groups.values()])
         low, high = np.array([g.interval() for g in groups.values()]).T
-    names = [tick(t, 24) for t in ticks]
+    names = [tick(t) for t in ticks]
     step = -(-len(names) // 60)
     letters = sum(map(len, names[::step])) + 2 * len(names[::step])
     figure, axis = blank(min(12.0, max(6.0, 1.2 + 0.16 * len(names))), 3.5, title)

@@ -39,7 +39,7 @@ def _code(character: str) -> str:
     return f"\\x{ord(character):02x}" if ord(character) < 256 else f"\\u{ord(character):04x}"
 
 
-def tick(label: Any, longest: int = 16) -> str:
+def tick(label: Any, longest: int = 24) -> str:
     """A label for a figure: white space visible at the ends, cut when long, and never read as mathematics."""
     text = str(label)
     text = shown(text) if text != text.strip() or not text.isprintable() else text

@@ -44,18 +44,25 @@ def test_every_token_is_a_span_with_its_value():
     assert ["underline" in s["style"] for s in spans] == [False, True, False, False]
     assert "background" not in spans[3]["style"] and "dotted" in spans[3]["style"]
     text = "".join(seen.text)
-    assert text.startswith("a < bThe·cat↵sat") and "-2" in text and ("br", {}) in seen.tags
+    assert (
+        text.startswith("a < bThe·cat↵sat")
+        and "underlined: negative" in text
+        and "-2" in text
+        and ("br", {}) in seen.tags
+    )
 
 
 def test_a_token_is_never_markup(tmp_path):
     evil = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "&lt;", "\u202e", "\ud800", "]]>", "'", ""]
     made = coloured(evil, range(len(evil)), title=evil[0], caption=evil[1], unit=evil[0])
-    path = page(evil[0], made, evil[1]).save(tmp_path / "deep" / "page.html")
+    path = page(evil[0], made, *evil, coloured(evil, [1] * 8, title=evil[4], caption=evil[3], unit=evil[4])).save(
+        tmp_path / "deep" / "page.html"
+    )
     seen = Reader(path.read_text(encoding="utf-8"))
     ours = {"html", "head", "meta", "title", "body", "div", "span", "wbr", "h2", "h3", "p", "u"}
     assert {tag for tag, _ in seen.tags} <= ours
     assert not [name for _, attributes in seen.tags for name in attributes if name.startswith("on") or name == "src"]
-    assert len(seen.tokens()) == len(evil) and evil[0] in "".join(seen.text) and "&lt;" in seen.text
+    assert len(seen.tokens()) == 2 * len(evil) and evil[0] in "".join(seen.text) and "&lt;" in seen.text
     assert "\u202e" not in path.read_text(encoding="utf-8")
 
 
@@ -73,7 +80,7 @@ def test_texts_share_one_scale_and_one_legend():
     both = coloured_many([(["a"], [1.0]), (["b"], [4.0])], captions=["one", "two"])
     first, second = Reader(both.body).tokens()
     assert background(second) == "#333333" and background(first) not in ("#ffffff", "#333333")
-    assert both.body.count("linear-gradient") == 1
+    assert both.body.count("linear-gradient") == 1 and "underlined" not in both.body
     alone = Reader(coloured(["a"], [1.0], limits=(0, 4)).body).tokens()[0]
     assert background(alone) == background(first)
     over = Reader(coloured(["a", "b"], [9.0, 4.0], limits=(0, 4)).body).tokens()

@@ -125,7 +125,7 @@ def test_maps_that_do_not_fit_are_refused():
 
 def test_tokens_are_written_so_that_they_are_seen():
     assert shown(" a\tb\n") == "·a⇥b↵" and shown("\u202e\x00\u00a0é") == "\\u202e\\x00\\xa0é"
-    assert tick(" cost $5$") == r"·cost·\$5\$" and tick("resid mid") == "resid mid" and tick("x" * 40) == "x" * 15 + "…"
+    assert tick(" cost $5$") == r"·cost·\$5\$" and tick("resid mid") == "resid mid" and tick("x" * 40) == "x" * 23 + "…"
 
 
 def test_groups_show_every_value_and_the_quartiles():
