@@ -9,6 +9,7 @@ from activations.families import FAMILIES, build, prompts, tuned
 from torch import nn
 
 from surgery import interop, zoo
+from surgery.anatomy import anatomy_of
 from surgery.errors import SurgeryError
 from surgery.interop import to_nnsight, to_transformer_lens, unwrap
 
@@ -73,6 +74,7 @@ def test_through_transformer_lens_and_back(name):
     assert {n for n, _ in plain.named_parameters()} == {n for n, _ in model.named_parameters()}
     assert_same(before, state(model))
     assert torch.equal(random, torch.get_rng_state())
+    assert anatomy_of(plain).n_layers == 3  # found, and checked against the model
     # the bridge has its own weights, and the plain model has the bridge's
     ours = {p.data_ptr() for p in model.parameters()}
     theirs = {p.data_ptr() for p in bridge.original_model.parameters()}
@@ -206,6 +208,7 @@ def test_peft_adapters_are_inside_and_active(name, target):
     assert torch.equal(logits(inside), logits(adapted)) and (logits(inside) - plain).abs().max() > 0.1
     layer = next(m for n, m in inside.named_modules() if n.endswith(target))
     assert layer.weight is layer.base_layer.weight  # the base's alone
+    assert anatomy_of(inside).n_kv_heads == anatomy_of(model).n_kv_heads  # which checks every site against the model
     seen = []
     handle = layer.register_forward_hook(lambda module, arguments, output: seen.append((arguments[0], output)))
     logits(inside)
