@@ -108,7 +108,8 @@ EAGER_ONLY = frozenset({"gemma2", "bloom"})
 def build(name: str, attn: str = "sdpa", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A fresh model of a family (tests may change it), in eval mode; the same weights for the same seed.
 
-    Families of `EAGER_ONLY` are eager whatever `attn` says.
+    Families of `EAGER_ONLY` are eager whatever `attn` says. Eager and sdpa agree, but for falcon_alibi: there the eager
+    attention of transformers 5.24 adds the bias twice (0.2 apart in logits of order one).
     """
     attn = "eager" if name in EAGER_ONLY else attn
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=attn)
