@@ -27,6 +27,7 @@ from torch import Tensor
 from surgery.anatomy import Anatomy, Site, anatomy_of
 from surgery.anatomy.points import Handle, attach
 from surgery.errors import SurgeryError
+from surgery.models import untouched
 from surgery.registry import nearest
 
 if TYPE_CHECKING:
@@ -294,16 +295,38 @@ def _call_of(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, An
 
 @contextmanager
 def eager(model: PreTrainedModel) -> Iterator[None]:
-    """Attention with a softmax that can be seen; afterwards the implementation is what it was."""
+    """Attention with a softmax that can be seen; afterwards the implementation is what it was.
+
+    Raises `SurgeryError` when the model's eager code computes something else: what is seen would not be what is done.
+    """
     before = model.config._attn_implementation
     if before == "eager":
         yield
         return
-    model.set_attn_implementation("eager")
+    ids = torch.arange(3, 11, device=model.device)[None] % model.config.get_text_config().vocab_size
+    with untouched(model):
+        wanted = model(ids, use_cache=False).logits
+    _set_attention(model, "eager")
     try:
+        with untouched(model):
+            differs = (model(ids, use_cache=False).logits - wanted).abs().max() / wanted.abs().max()
+        if differs > max(1e-3, 64 * torch.finfo(wanted.dtype).eps):
+            raise SurgeryError(
+                f"Attention with '{before}' and with 'eager' differ in {type(model).__name__}, by {differs:.1g} of the "
+                "logits' scale: scores and patterns can't be seen as they are.",
+                hint="Load the model with attn_implementation='eager' to study what that code computes.",
+            )
         yield
     finally:
-        model.set_attn_implementation(before)
+        _set_attention(model, before)
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    """By the model's own way, or in its config where the code looks at that and nowhere else."""
+    if getattr(type(model), "_can_set_attn_implementation", lambda: True)():
+        model.set_attn_implementation(name)
+    else:
+        model.config._attn_implementation = name
 
 
 def unwrapped(model: Any) -> PreTrainedModel:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery.activations.recording import _CACHE, Recording, _Cache
+from surgery.anatomy import Anatomy, Site
+from surgery.anatomy.points import attach
 
 
 @dataclass
@@ -253,3 +255,63 @@ def _repeated(value: Tensor, like: Tensor) -> Tensor:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor | None:
     return None if not parts else parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+# ---- what heads and neurons write ----------------------------------------------------------------------------------
+
+
+def attended(recording: Recording, layer: int, site: str, value: Tensor, start: int = 0) -> Tensor:
+    """z (batch, pos - start, head, d_head) of the recorded stream with other q, k, v or pattern in one layer.
+
+    `value` is the site's whole value from column `start` on. A head's z depends on no other head's: one pass serves
+    the changes of all heads of a layer.
+    """
+    anatomy = recording.anatomy
+    made: list[Tensor] = []
+
+    def keep(z: Tensor) -> None:
+        made.append(z)
+        raise _Made
+
+    handles = attach(anatomy, Site(site, layer), lambda old: value.to(old.dtype).expand(old.shape))
+    handles += attach(anatomy, Site("z", layer), keep)
+    try:
+        with suppress(_Made):
+            block(recording, layer, recording.stream[layer][:, start:], start)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return made[0]
+
+
+def written_by_heads(anatomy: Anatomy, layer: int, dz: Tensor, heads: Sequence[int]) -> Tensor:
+    """What differences of z (batch, pos, head, d_head) add to the output projection: (heads, batch, pos, d_model).
+
+    A group of heads can count as one: dz (batch, pos, group, heads of the group * d_head).
+    """
+    return _written(anatomy.out(layer), dz, heads)
+
+
+def written_by_neurons(anatomy: Anatomy, layer: int, difference: Tensor, neurons: Sequence[int]) -> Tensor:
+    """What differences of mlp_post (batch, pos, d_mlp) add to the second projection: (neurons, batch, pos, d_model)."""
+    return _written(anatomy.down(layer), difference[..., None], neurons)
+
+
+def _written(module: Any, difference: Tensor, parts: Sequence[int]) -> Tensor:
+    """(parts, batch, pos, d_model) of inputs (batch, pos, part, width), each part by itself."""
+    index, rows = list(parts), _rows_of(module)
+    if rows is not None:
+        weight = rows.unflatten(0, difference.shape[2:])[index]
+        return torch.einsum("bspw,pwe->pbse", difference[:, :, index], weight)
+    alone = difference.new_zeros(len(index), *difference.shape)
+    for i, part in enumerate(index):
+        alone[i, :, :, part] = difference[:, :, part]
+    return module(alone.flatten(-2)) - module(torch.zeros_like(alone[:1]).flatten(-2))
+
+
+def _rows_of(module: Any) -> Tensor | None:
+    """(in, out) weights of a plain projection; None where only the module itself knows (quantised, adapted)."""
+    if type(module).__name__ == "Conv1D":
+        return module.weight
+    plain = isinstance(module, nn.Linear) and type(module).__module__.startswith(("torch.nn", "transformers.models"))
+    return module.weight.t() if plain and module.weight.dim() == 2 else None

@@ -138,6 +138,17 @@ class Anatomy:
         """Query heads that share one key-value head."""
         return self.n_heads // self.n_kv_heads
 
+    def norms_over_heads(self, layer: int) -> bool:
+        """Whether queries and keys pass a norm over all heads at once (OLMo-2), so that heads depend on each other."""
+        children = dict(self.attention(layer).named_children())
+        return any(
+            (weight := getattr(child, "weight", None)) is not None
+            and weight.dim() == 1
+            and weight.numel() > self.d_head
+            for name, child in children.items()
+            if "norm" in name
+        )
+
     def d_mlp(self, layer: int = 0) -> int:
         """Neurons of a layer's MLP."""
         return width(self.down(layer))

@@ -164,6 +164,14 @@ class Batch:
         """The same on another device."""
         return self if self.ids.device == torch.device(device) else Batch(self.ids.to(device), self.mask.to(device))
 
+    def right_padded(self) -> Batch:
+        """The same rows with their padding on the right: there a token's column is its position."""
+        if not bool((self.first > 0).any()):
+            return self
+        columns = torch.arange(self.ids.shape[1], device=self.ids.device)
+        moved = (columns + self.first[:, None]).clamp(max=len(columns) - 1)
+        return Batch(self.ids.gather(1, moved), columns < self.lengths[:, None])
+
     def select(self, rows: int | slice | Sequence[int] | Tensor) -> Batch:
         """Some of the rows, in this order; as wide as before, so that positions keep their index."""
         index: Any = [rows] if isinstance(rows, int) else rows

@@ -1,0 +1,325 @@
+"""Activation patching: which layer, position, head or neuron carries the behaviour?
+
+    found = patch(model, clean, corrupt, logit_diff(answers), site="resid_pre", tokenizer=tokenizer)
+    found.normalized().plot()                       # recovery by layer and position, the ratio of batch means
+    patch(model, clean, corrupt, metric, "z")       # by head, over all positions
+    ablate(model, prompts, metric, "z", "mean", reference=others)
+    knockout(model, prompts, metric, destination=-1, source=5)
+
+| direction | the run that is changed | what is written into it | `normalized()` |
+|---|---|---|---|
+| denoising | corrupt | activations of the clean run | 0 nothing, 1 full recovery |
+| noising | clean | activations of the corrupt run | 0 nothing, -1 full damage |
+
+Values are effects, the metric with the change minus the metric without, one for each example and cell. Cells are exact:
+what a change does not reach is taken from the unchanged run, everything else is computed by the model's own modules
+(equal to one whole forward a cell within 1e-6 of the logits' scale on the same attention kernel; tests compare).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from analysis.metrics import Metric, as_metric
+from analysis.patching_sweep import BUDGET, Place, Progress, Run, Source, everywhere, places_of
+from analysis.results import Result
+from surgery.activations.interventions import Call, unwrapped
+from surgery.activations.passes import run
+from surgery.anatomy import Site, anatomy_of
+from surgery.errors import SurgeryError
+from surgery.models import Batch, as_batch
+
+Direction = Literal["denoising", "noising"]
+By = Literal["position", "all"]
+Ablation = Literal["zero", "mean", "position_mean", "resample"]
+
+
+def patch(
+    model: Any,
+    clean: Any,
+    corrupt: Any,
+    metric: Metric | Callable[[Tensor], Tensor],
+    site: str = "resid_pre",
+    *,
+    direction: Direction = "denoising",
+    by: By | None = None,
+    layers: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    parts: Sequence[int] | None = None,
+    anchors: Mapping[str, tuple[Any, Any]] | None = None,
+    tokenizer: Any = None,
+    budget: int = BUDGET,
+    reuse: bool = True,
+    progress: Progress | None = None,
+) -> Result:
+    """The effect of every cell of one site, (example, layer[, position][, head]).
+
+    `clean` and `corrupt` are prompts of equal length, pair by pair; of unequal ones `anchors` name the places that
+    correspond: {name: (column in each clean prompt, column in each corrupt prompt)}, -1 the last token. `by` is
+    "position" for sites of the stream, and "all" positions at once for heads and neurons, if not said. `parts` are
+    the heads (key-value heads for k and v) or neurons, all of them by default. With `reuse=False` every cell is one
+    whole forward. Columns `clean`, `corrupt` and `span` hold the metric of both runs and its difference.
+
+    Raises `SurgeryError` for unequal lengths without anchors, for a site, layer, head or position that does not exist,
+    and for a metric of another number of examples.
+    """
+    if direction not in ("denoising", "noising"):
+        raise SurgeryError(f"direction={direction!r}: expected 'denoising' or 'noising'.")
+    model = unwrapped(model)
+    good = as_batch(clean, tokenizer).to(model.device).right_padded()
+    bad = as_batch(corrupt, tokenizer).to(model.device).right_padded()
+    if len(good) != len(bad):
+        raise SurgeryError(f"There are {len(good)} clean prompts and {len(bad)} corrupt ones: they come in pairs.")
+    if anchors is None:
+        good, bad = _aligned(good, bad)
+    base, source = (bad, good) if direction == "denoising" else (good, bad)
+    sweep = Run(model, base, as_metric(metric), site, layers, parts, budget, reuse)
+    by = by or ("position" if sweep.parts is None else "all")
+    first = _first_difference(good, bad) if anchors is None else 0
+    if anchors is not None:
+        places, there = _anchored(anchors, base, source, direction)
+    else:
+        there = None
+        places = everywhere(first) if by == "all" else places_of(base, positions, first)
+
+    def values(rows: slice) -> Source:
+        _, seen = run(model, source.select(rows), [site], stop=True)
+        moved = None if there is None else (there[0][rows], there[1][rows])
+        return lambda layer: _moved(seen[Site(site, layer)], moved, base)
+
+    effects, before = sweep(places, values, progress)
+    after = sweep.whole(source)
+    corrupt_value, clean_value = (before, after) if direction == "denoising" else (after, before)
+    columns = {"clean": clean_value, "corrupt": corrupt_value, "span": clean_value - corrupt_value}
+    meta = {"kind": "patching", "direction": direction, "model": anatomy_of(model).name}
+    return sweep.result(effects, places, columns, meta, tokenizer)
+
+
+def ablate(
+    model: Any,
+    prompts: Any,
+    metric: Metric | Callable[[Tensor], Tensor],
+    site: str = "z",
+    value: Ablation | float = "mean",
+    *,
+    reference: Any = None,
+    by: By | None = None,
+    layers: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+    parts: Sequence[int] | None = None,
+    seed: int = 0,
+    tokenizer: Any = None,
+    budget: int = BUDGET,
+    reuse: bool = True,
+    progress: Progress | None = None,
+) -> Result:
+    """The effect of taking out every cell of one site, (example, layer[, position][, head]).
+
+    | value | what takes a value's place |
+    |---|---|
+    | a number | that number; "zero" is 0 |
+    | "mean" | its mean over the real tokens of the reference prompts |
+    | "position_mean" | its mean over the reference prompts at the same position: they need one layout |
+    | "resample" | the value in another of the reference prompts, drawn by `seed`, never the prompt's own |
+
+    `reference` is the prompts themselves if not said. Of a head z is replaced, not what it writes: the output bias
+    stays. Column `clean` holds the metric without ablation. Raises `SurgeryError` as `patch` does, and when the
+    reference does not fit.
+    """
+    model = unwrapped(model)
+    base = as_batch(prompts, tokenizer).to(model.device).right_padded()
+    others = base if reference is None else as_batch(reference, tokenizer).to(model.device).right_padded()
+    sweep = Run(model, base, as_metric(metric), site, layers, parts, budget, reuse)
+    by = by or "all"
+    places = everywhere(0) if by == "all" else places_of(base, positions, 0)
+    values = _ablated(model, base, others, site, value, seed)
+    effects, before = sweep(places, values, progress)
+    meta = {"kind": "ablation", "value": value, "seed": seed, "model": anatomy_of(model).name}
+    return sweep.result(effects, places, {"clean": before}, meta, tokenizer)
+
+
+def knockout(
+    model: Any,
+    prompts: Any,
+    metric: Metric | Callable[[Tensor], Tensor],
+    *,
+    destination: Any = -1,
+    source: Any,
+    windows: Sequence[Sequence[int]] | None = None,
+    heads: Sequence[int] | None = None,
+    tokenizer: Any = None,
+    progress: Progress | None = None,
+) -> Result:
+    """The effect of cutting attention from `destination` to `source` tokens in some layers, (example, layers).
+
+    Positions are numbers (negative ones from the last token) or one number an example. `windows` are sets of layers;
+    by default all layers from l on, for every l. The scores are set to the least number of their type before the
+    softmax (Geva et al. 2023, arXiv:2304.14767). Column `clean` holds the metric without the cut.
+    """
+    model, metric = unwrapped(model), as_metric(metric)
+    base = as_batch(prompts, tokenizer).to(model.device).right_padded()
+    anatomy = anatomy_of(model)
+    metric = metric.to(model.device)
+    metric.check(len(base))
+    to, of = _columns(destination, base, "destination"), _columns(source, base, "source")
+    windows = [range(first, anatomy.n_layers) for first in range(anatomy.n_layers)] if windows is None else windows
+    rows, chosen = torch.arange(len(base), device=to.device), slice(None) if heads is None else list(heads)
+    anatomy.expand([f"z.0.{head}" for head in heads or ()])
+
+    def cut(scores: Tensor, call: Call) -> Tensor:
+        scores = scores.clone()
+        part = scores[rows, :, to, of]
+        part[:, chosen] = torch.finfo(scores.dtype).min
+        scores[rows, :, to, of] = part
+        return scores
+
+    logits, _ = run(model, base)
+    assert logits is not None
+    before, found = metric.of_logits(logits, base.last), []
+    for i, window in enumerate(windows):
+        logits, _ = run(model, base, edits={f"scores.{layer}": cut for layer in window})
+        assert logits is not None
+        found.append(metric.of_logits(logits, base.last) - before)
+        if progress is not None:
+            progress(i + 1, len(windows))
+    axes: dict[str, Any] = {"example": list(range(len(base))), "layers": [_span(window) for window in windows]}
+    meta = {"kind": "knockout", "metric": metric.name, "model": anatomy.name, "centre": 0}
+    values = torch.stack(found, 1).double().cpu().numpy()
+    return Result(values, axes, f"effect on {metric.name}", {"clean": before.tolist()}, meta)
+
+
+# ---- what takes the place of a value -------------------------------------------------------------------------------
+
+
+def _ablated(
+    model: Any, base: Batch, others: Batch, site: str, value: Ablation | float, seed: int
+) -> Callable[[slice], Source]:
+    if isinstance(value, (int, float)) or value == "zero":
+        number = 0.0 if value == "zero" else float(value)
+        anatomy = anatomy_of(model)
+        return lambda rows: (
+            lambda layer: torch.full((1, 1), number, device=model.device).view([1] * _rank(site, anatomy))
+        )
+    if value in ("mean", "position_mean"):
+        means = _means(model, others, site, value == "position_mean")
+        if value == "position_mean" and (long := others.ids.shape[1]) != (own := base.ids.shape[1]):
+            raise SurgeryError(f"The reference prompts are {long} tokens long and the prompts {own}: a mean by "
+                               "position needs one layout.", hint="Use value='mean'.")  # fmt: skip
+        return lambda rows: lambda layer: means[layer]
+    if value != "resample":
+        raise SurgeryError(f"value={value!r}: expected 'zero', 'mean', 'position_mean', 'resample' or a number.")
+    order = _drawn(len(base), len(others), others is base, seed)
+    drawn = others.select(order)
+    if bool((drawn.lengths < base.lengths).any()):
+        raise SurgeryError("A resampled prompt is shorter than the one that it stands in for.",
+                           hint="Give reference prompts of the same length.")  # fmt: skip
+
+    def values(rows: slice) -> Source:
+        _, seen = run(model, drawn.select(rows), [site], stop=True)
+        return lambda layer: _moved(seen[Site(site, layer)], None, base)
+
+    return values
+
+
+def _rank(site: str, anatomy: Any) -> int:
+    return 3 if Site(site).kind in ("stream", "neurons") else 4
+
+
+def _means(model: Any, others: Batch, site: str, by_position: bool) -> list[Tensor]:
+    """The mean of a site in every layer, with axes of one entry where it was taken."""
+    anatomy = anatomy_of(model)
+    if Site.parse(site).kind == "pattern":
+        raise SurgeryError(f"'{site}' has no mean over tokens: it looks at others at each of them.",
+                           hint="Ablate z, or cut attention with knockout.")  # fmt: skip
+    _, seen = run(model, others, [site], stop=True)
+    found = []
+    for layer in range(anatomy.n_layers):
+        value = seen[Site(site, layer)].float()
+        weight = others.mask.view(*others.mask.shape, *[1] * (value.dim() - 2)).float()
+        axes = 0 if by_position else (0, 1)
+        found.append((value * weight).sum(axes, keepdim=True) / weight.sum(axes, keepdim=True).clamp(min=1))
+    return found
+
+
+def _drawn(size: int, others: int, same: bool, seed: int) -> Tensor:
+    """For each prompt one of the others; of the prompts themselves a permutation without fixed points."""
+    generator = torch.Generator().manual_seed(seed)
+    if not same:
+        return torch.randint(others, (size,), generator=generator)
+    if size < 2:
+        raise SurgeryError("One prompt can't be resampled from itself.", hint="Pass reference prompts.")
+    order = torch.randperm(size, generator=generator)  # one cycle through all: nobody stays in place
+    drawn = torch.empty(size, dtype=torch.long)
+    drawn[order] = order.roll(1)
+    return drawn
+
+
+def _moved(value: Tensor, moved: tuple[Tensor, Tensor] | None, base: Batch) -> Tensor:
+    """Values of the source on the base's columns: cut to its width, or each anchor put where it stands there."""
+    width = base.ids.shape[1]
+    if moved is None:
+        return value[:, :width]
+    here, there = moved
+    rows = torch.arange(len(value), device=value.device)[:, None]
+    found = value.new_zeros(len(value), width, *value.shape[2:])
+    found[rows, here] = value[rows, there]
+    return found
+
+
+# ---- prompts that belong together ----------------------------------------------------------------------------------
+
+
+def _aligned(clean: Batch, corrupt: Batch) -> tuple[Batch, Batch]:
+    """Both to one width. Raises `SurgeryError` naming the first pair of unequal length."""
+    if bool((differ := clean.lengths != corrupt.lengths).any()):
+        pair = int(differ.int().argmax())
+        raise SurgeryError(
+            f"Pair {pair}: the clean prompt is {int(clean.lengths[pair])} tokens long, the corrupt one "
+            f"{int(corrupt.lengths[pair])}; position by position they don't correspond.",
+            hint="Make them equally long, or name places that correspond: anchors={'name': (clean, corrupt)}.",
+        )
+    width = int(clean.lengths.max())
+    return tuple(Batch(b.ids[:, :width], b.mask[:, :width]) for b in (clean, corrupt))  # type: ignore[return-value]
+
+
+def _first_difference(clean: Batch, corrupt: Batch) -> int:
+    """The first column in which any pair differs: to the left of it no change has an effect."""
+    differs = ((clean.ids != corrupt.ids) & clean.mask).any(0)
+    return int(differs.int().argmax()) if bool(differs.any()) else clean.ids.shape[1]
+
+
+def _anchored(
+    anchors: Mapping[str, tuple[Any, Any]], base: Batch, source: Batch, direction: Direction
+) -> tuple[list[Place], tuple[Tensor, Tensor]]:
+    if not anchors:
+        raise SurgeryError("No anchors were named.")
+    here, there = [], []
+    for name, pair in anchors.items():
+        clean, corrupt = (pair, pair) if isinstance(pair, int) else pair
+        of_base, of_source = (corrupt, clean) if direction == "denoising" else (clean, corrupt)
+        here.append(_columns(of_base, base, f"anchor '{name}'"))
+        there.append(_columns(of_source, source, f"anchor '{name}'"))
+    places = [Place(name, int(column.min()), column) for name, column in zip(anchors, here, strict=True)]
+    return places, (torch.stack(here, 1), torch.stack(there, 1))
+
+
+def _columns(position: Any, batch: Batch, what: str) -> Tensor:
+    """(batch,) the column of a position in each row; negative ones count from the last token."""
+    column = torch.as_tensor(position, device=batch.ids.device).long().expand(len(batch))
+    column = torch.where(column < 0, batch.lengths + column, column)
+    if bool((wrong := (column < 0) | (column >= batch.lengths)).any()):
+        row = int(wrong.int().argmax())
+        given = int(torch.as_tensor(position).expand(len(batch))[row])
+        raise SurgeryError(f"The {what} of prompt {row} is {given}, and it has {int(batch.lengths[row])} tokens.")
+    return column
+
+
+def _span(window: Sequence[int]) -> str:
+    chosen = list(window)
+    if chosen == list(range(chosen[0], chosen[-1] + 1)) and len(chosen) > 1:
+        return f"{chosen[0]}-{chosen[-1]}"
+    return ",".join(map(str, chosen))
