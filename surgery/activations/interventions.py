@@ -112,16 +112,17 @@ def capture(
 
     def visitor(site: Site) -> Callable[[Tensor, Call], Tensor | None]:
         def visit(value: Tensor, call: Call) -> Tensor | None:
-            if grad:
-                value = value.clone()
-            part = taken(value, site, call)
-            if not grad:
+            part, passed_on = taken(value, site, call), None
+            if grad:  # what is kept must lie on the way to the output: a view beside it has no gradient
+                part = part.clone()
+                passed_on = put(value, site, call, part)
+            else:
                 part = part.detach().clone() if clone and site.position is None else part.detach()
             before = seen._values.get(site)
             if steps and before is not None and not call.prefill:
                 part = torch.cat([before, part], dim=2 if site.kind == "pattern" else 1)
             seen._values[site] = part
-            return value if grad else None
+            return passed_on
 
         return visit
 
