@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.metrics import Metric
-from surgery.activations.interventions import detach
+from analysis.branches import Change, Part, grown
 from surgery.activations.recording import _CACHE, Recording
-from surgery.activations.resume import Entry, _replaced, _returning, finish, written_by_heads
+from surgery.activations.resume import _replaced, _returning, written_by_heads
 from surgery.anatomy import Anatomy, Site
-from surgery.anatomy.points import attach, first_tensor, projection
+from surgery.anatomy.points import first_tensor, projection
 
 Sender = tuple[int, int]
 """Layer and head."""
@@ -167,65 +166,39 @@ def received(
     held: bool,
     whole: bool,
 ) -> Tensor:
-    """The recorded pass with readings written into it: what the last block hands on, as `resume.finish` gives it.
+    """The recorded pass with readings written into it: what the last block hands on, as `branches.grown` gives it.
 
     `at` (batch, count) says at which of the columns receivers are written to, none of them before `start`; `held`: at
     all others they read what is recorded, also where an earlier receiver has changed the stream. `whole`: all tokens
-    are handed on, not only the last. A group of rows starts at its first receiver above the sender.
+    are handed on, not only the last. A sender's branch begins at the first receiver above it.
     """
-    recording, size = frozen.recording, len(frozen.columns)
-    layers = sorted({_layer(reading) for reading in found})
-    entries = []
-    for layer, below in zip(layers, [-1, *layers], strict=False):
-        joining = sum(below <= at_layer < layer for at_layer, _ in senders)
-        if joining:
-            stream = recording.stream[layer][:, start:]
-            entries.append(Entry(layer, stream.repeat(joining, 1, 1)))
-            tokens = joining * size * stream.shape[1]
-            frozen.cost.blocks(range(layer, recording.anatomy.n_layers), tokens)
-    with ExitStack() as stack:
-        for reading in found:
-            stack.callback(detach, attach(recording.anatomy, reading.site, _writing(frozen, reading, at, start, held)))
-        return finish(recording, entries, start, everywhere=whole)
-
-
-def _layer(reading: Reading) -> int:
-    assert reading.site.layer is not None
-    return reading.site.layer
-
-
-def _writing(frozen: Frozen, reading: Reading, at: Tensor, start: int, held: bool) -> Any:
-    """Puts a reading into the site's value, whichever of the columns the pass computes."""
     recording = frozen.recording
-    width = recording.batch.ids.shape[1]
+    layers = sorted({reading.site.layer or 0 for reading in found})
+    below = dict(zip(layers, [-1, *layers], strict=False))
+    joining = {layer: sum(below[layer] <= at_layer < layer for at_layer, _ in senders) for layer in layers}
+    tokens = len(at) * (recording.batch.ids.shape[1] - start)
+    for layer, count in joining.items():
+        frozen.cost.blocks(range(layer, recording.anatomy.n_layers), count * tokens)
+    changes = {reading.site: _writing(frozen, reading, at, held) for reading in found}
+    return grown(recording, joining, start, changes, whole=whole)
 
-    def visit(old: Tensor) -> Tensor:
-        here = torch.arange(start, width, device=old.device).expand(len(at), -1)
-        if old.shape[1] != width - start:  # the last block computes queries of the last token only
-            here = recording.last[:, None]
-        match = (here[:, :, None] == frozen.columns[:, None]) & at[:, None]
-        groups = len(old) // len(at)
-        hit, which = match.any(2).repeat(groups, 1), match.int().argmax(2).repeat(groups, 1)
+
+def _writing(frozen: Frozen, reading: Reading, at: Tensor, held: bool) -> Change:
+    """Puts a reading into the site's value, whichever of the columns the pass computes."""
+    size = len(at)
+
+    def change(old: Tensor, part: Part) -> Tensor:
+        match = (part.columns[:, :, None] == frozen.columns[:, None]) & at[:, None]
+        count = len(part.branches)
+        hit, which = match.any(2).repeat(count, 1), match.int().argmax(2).repeat(count, 1)
         rows = torch.arange(len(old), device=old.device)[:, None]
         before = old[:, :, reading.heads]
         if held:
-            before = recording.seen[reading.site][rows % len(at), here.repeat(groups, 1)][:, :, reading.heads]
+            recorded = frozen.recording.seen[reading.site][:, :, reading.heads]
+            before = recorded[rows % size, part.columns.repeat(count, 1)]
+        read = reading.value[rows + part.branches.start * size, which].to(old.dtype)
         new = old.clone()
-        new[:, :, reading.heads] = torch.where(hit[..., None, None], reading.value[rows, which].to(old.dtype), before)
+        new[:, :, reading.heads] = torch.where(hit[..., None, None], read, before)
         return new
 
-    return visit
-
-
-def measured(recording: Recording, metric: Metric, rows: Tensor, start: int) -> Tensor:
-    """(groups, batch) the metric behind what the last block hands on.
-
-    `rows` is (groups * batch, d_model) at the last token, or for metrics that need all logits
-    (groups * batch, pos - start, d_model).
-    """
-    anatomy, size = recording.anatomy, len(recording.batch)
-    final = anatomy.final_norm(rows).unflatten(0, (-1, size))
-    if metric.needs != "all":
-        return metric.of_final(final, anatomy)
-    before = recording.logits()[:, :start]
-    return torch.stack([metric.value(torch.cat([before, anatomy.logits(group)], 1)) for group in final])
+    return change

@@ -30,15 +30,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from analysis.branches import measured, unchanged
 from analysis.metrics import Metric, as_metric
 from analysis.path_ends import Places, places_of, receivers_of, senders_of
-from analysis.path_passes import Cost, Frozen, Sender, measured, readings, received, to_logits
+from analysis.path_passes import Cost, Frozen, Sender, readings, received, to_logits
 from analysis.positions import Position
 from analysis.results import Result
 from surgery.activations.interventions import unwrapped
 from surgery.activations.passes import run
 from surgery.activations.recording import Recording, record
-from surgery.activations.resume import at_last
 from surgery.anatomy import Anatomy, Site, anatomy_of
 from surgery.errors import SurgeryError
 from surgery.models import Batch, as_batch, untouched
@@ -149,21 +149,15 @@ class _Task:
         for begin in range(0, len(self.base), size):
             part = self.select(slice(begin, begin + size))
             recording, at_source, frozen = part.first()
-            at_base = measured(recording, part.metric, part.last_stream(recording), 0)[0]
             step, values = part._groups(budget), []
             for i in range(0, len(senders), step):
                 values.append(part.second(frozen, senders[i : i + step]).T)
                 done += values[-1].numel()
                 if progress is not None:
                     progress(done, len(senders) * len(self.base))
-            found.append((torch.cat(values, 1), at_base, at_source))
+            found.append((torch.cat(values, 1), unchanged(recording, part.metric), at_source))
         every, base, source = (torch.cat(parts) for parts in zip(*found, strict=True))
         return every, base, source
-
-    def last_stream(self, recording: Recording) -> Tensor:
-        """What the last block handed on in the base run, as far as the metric needs it."""
-        stream = recording.stream[-1]
-        return stream if self.metric.needs == "all" else at_last(recording, stream, 0)
 
     def first(self) -> tuple[Recording, Tensor, Frozen]:
         """Both runs: the base recorded, the metric of the other, and what the heads say differently there."""

@@ -168,13 +168,16 @@ def test_directions_columns_and_senders():
     assert noising.normalized().mean.shape == (3, 4)
 
 
-def test_a_small_budget_gives_the_same_numbers():
+def test_a_small_budget_and_small_portions_give_the_same_numbers(monkeypatch):
     model, told = build("llama_gqa"), []
     more = {"receivers": ["q.2", "k.1.0"], "position": None}
     whole = path_patch(model, CLEAN, CORRUPT, METRIC, **more)
     small = path_patch(model, CLEAN, CORRUPT, METRIC, **more, budget=30_000, progress=lambda *a: told.append(a))
     assert abs(whole.values - small.values).max() < 1e-5
     assert len(told) > 8 and told[-1] == (32, 32) and told == sorted(told)
+    monkeypatch.setattr("surgery.activations.resume.TOKENS", 80)  # two senders at a time
+    portions = path_patch(model, CLEAN, CORRUPT, METRIC, **more)
+    assert abs(whole.values - portions.values).max() < 1e-5
 
 
 @pytest.mark.parametrize("more", [{}, {"receivers": ["q.2"]}, {"receivers": ["v.1"], "position": None}])
