@@ -95,7 +95,8 @@ def patch(
     after = sweep.whole(source)
     corrupt_value, clean_value = (before, after) if direction == "denoising" else (after, before)
     columns = {"clean": clean_value, "corrupt": corrupt_value, "span": clean_value - corrupt_value}
-    meta = {"kind": "patching", "direction": direction, "model": anatomy_of(model).name}
+    meta = {"kind": "patching", "direction": direction, "model": anatomy_of(model).name,
+            "ratio_name": "recovery" if direction == "denoising" else "damage"}  # fmt: skip
     return sweep.result(effects, places, columns, meta, tokenizer)
 
 

@@ -182,7 +182,8 @@ class Result:
         The mean over any examples is mean(values) / mean(column) exactly. Interval and standard error count what the
         column varies: both are resampled together, and the delta method is used. A mean of the column within a few
         standard errors of zero shows as an interval that is very wide. Raises `SurgeryError` when the mean is below
-        `tolerance` times the size of what was measured (values, column, columns "clean" and "corrupt").
+        `tolerance` times the size of what was measured (values, column, columns "clean" and "corrupt"). Without
+        `name` the ratio is called what the meta entry "ratio_name" says.
         """
         if "ratio_of" in self.meta:
             raise SurgeryError(f"Result '{self.name}' is a ratio already, over '{self.meta['ratio_of']}'.")
@@ -196,7 +197,8 @@ class Result:
                 hint="Take examples on which clean and corrupt differ, or report the values without normalising.",
             )
         meta = {**self.meta, "ratio_of": by}
-        return Result(self.values / middle, self.axes, name or f"{self.name} / mean {by}", self.columns, meta)
+        name = name or self.meta.get("ratio_name") or f"{self.name} / mean {by}"
+        return Result(self.values / middle, self.axes, name, self.columns, meta)
 
     def per_example_ratio(self, by: str = "span", *, name: str | None = None) -> Result:
         """Each value over its own example's column: infinite where that is 0, NaN for 0 / 0. See `normalized` first.

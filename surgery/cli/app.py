@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import surgery
-from surgery.cli import demo, evaluate, look, merge, methods, recipes, rollouts, train, zoo
+from surgery.cli import demo, evaluate, look, merge, methods, patch, recipes, rollouts, train, zoo
 from surgery.cli.frame import Debug, Json, Quiet, new_app, set_global, unwrapped
 
 app = new_app()
@@ -17,6 +17,7 @@ merge.register(app)
 methods.register(app)
 app.add_typer(zoo.app, name="zoo")
 evaluate.register(app)
+patch.register(app)
 train.register(app)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(rollouts.app, name="rollouts")
