@@ -108,8 +108,8 @@ def patch(
     if plot is not None:
         written.append(save(shown.plot(), plot))
     rows = _rows(shown, top)
-    told: dict[str, Any] = {"model": model, "site": site, "metric": metric, "direction": found.meta["direction"], "n": len(found),
-            "clean": float(_mean(found, "clean")), "corrupt": float(_mean(found, "corrupt")), "top": rows,
+    told: dict[str, Any] = {"model": model, "site": site, "metric": metric, "direction": found.meta["direction"],
+            "n": len(found), "clean": float(_mean(found, "clean")), "corrupt": float(_mean(found, "corrupt")), "top": rows,
             "mean": shown.mean.tolist(), "written": list(map(str, written)),
             "seconds": round(time.perf_counter() - began, 2)}  # fmt: skip
     frame.notes(remarks)
