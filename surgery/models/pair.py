@@ -63,6 +63,11 @@ class Pair:
 
         Raises `SurgeryError` with both token lists for the first prompt that the two tokenizers read differently.
         """
+        rows = self.rows(prompts, chat=chat, add_special_tokens=add_special_tokens)
+        return padded(rows, pad_id(self.tokenizer), side, max_length)
+
+    def rows(self, prompts: Sequence[Any], *, chat: bool = False, add_special_tokens: bool = True) -> list[list[int]]:
+        """The token ids of each prompt, unpadded. As `encode`."""
         own = self.tuned_tokenizer
         template = own if getattr(own, "chat_template", None) else self.tokenizer
         rows = rows_of_ids(self.tokenizer, prompts, chat, add_special_tokens, template)
@@ -74,7 +79,7 @@ class Pair:
                         f"The tokenizers disagree on prompt {i}: base {_told(mine)}, tuned {_told(other)}.",
                         hint="Pass token ids, or leave add_special_tokens or the chat template out.",
                     )
-        return padded(rows, pad_id(self.tokenizer), side, max_length)
+        return rows
 
 
 def _told(ids: Sequence[int]) -> str:
