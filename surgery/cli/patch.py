@@ -109,7 +109,7 @@ def patch(
         written.append(save(shown.plot(), plot))
     rows = _rows(shown, top)
     told: dict[str, Any] = {"model": model, "site": site, "metric": metric, "direction": found.meta["direction"],
-            "n": len(found), "clean": float(_mean(found, "clean")), "corrupt": float(_mean(found, "corrupt")), "top": rows,
+            "n": len(found), "clean": _mean(found, "clean"), "corrupt": _mean(found, "corrupt"), "top": rows,
             "mean": shown.mean.tolist(), "written": list(map(str, written)),
             "seconds": round(time.perf_counter() - began, 2)}  # fmt: skip
     frame.notes(remarks)
