@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from surgery.anatomy import Anatomy, Site, anatomy_of
-from surgery.anatomy.points import Handle, attach
+from surgery.anatomy.points import Handle, arguments, attach, signature
 from surgery.errors import SurgeryError
 from surgery.models import untouched
 from surgery.registry import nearest
@@ -105,7 +105,7 @@ def capture(
     graph, so that gradients with respect to them can be taken. Without `clone` a value may share memory with the
     model's own, which some families overwrite. Raises `SurgeryError` for unknown or impossible sites.
     """
-    model = unwrapped(model)
+    model = _called(model)
     anatomy = anatomy_of(model)
     wanted = anatomy.expand(sites)
     seen = Captured(wanted)
@@ -145,7 +145,7 @@ def edit(model: Any, edits: Mapping[str | Site, Edit], *, when: When = "always")
     """
     if when not in ("always", "prefill", "decode"):
         raise SurgeryError(f"when={when!r}: expected 'always', 'prefill' or 'decode'.")
-    model = unwrapped(model)
+    model = _called(model)
     anatomy = anatomy_of(model)
     visits: dict[Site, list[Callable[[Tensor, Call], Tensor | None]]] = {}
     for name, change in edits.items():
@@ -274,9 +274,7 @@ def detach(handles: Iterable[Handle]) -> None:
 
 def _call_of(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, dict[str, Any]]:
     """What a forward pass is given; position ids are added where left padding would be misread without them."""
-    accepted = inspect.signature(model.forward)
-    given = accepted.bind_partial(*args, **kwargs).arguments
-    given = {**given, **given.pop("kwargs", {})}
+    given = arguments(model, args, kwargs)
     tokens: Tensor = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
     batch, width = tokens.shape[:2]
     cache = next((v for v in given.values() if hasattr(v, "get_seq_length")), None)
@@ -288,7 +286,7 @@ def _call_of(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, An
         there = torch.ones(batch, past + width, dtype=torch.bool, device=tokens.device)
     count = there.long().cumsum(1)
     positions = (count - 1)[:, past:].masked_fill(~there[:, past:], -1)
-    known = "position_ids" in accepted.parameters
+    known = "position_ids" in signature(type(model)).parameters
     if past == 0 and known and given.get("position_ids") is None and not bool(there[:, 0].all()):
         kwargs = {**kwargs, "position_ids": positions.clamp(min=0)}
     return Call(positions, count[:, -1], past == 0), kwargs
@@ -339,3 +337,14 @@ def unwrapped(model: Any) -> PreTrainedModel:
     from surgery.interop import unwrap
 
     return unwrap(model)
+
+
+def _called(model: Any) -> PreTrainedModel:
+    """The transformers model that runs when `model` is called. Raises `SurgeryError` when other modules do."""
+    inside = unwrapped(model)
+    if isinstance(model, torch.nn.Module) and all(inside is not module for module in model.modules()):
+        raise SurgeryError(
+            "A TransformerLens bridge runs modules of its own: what is called inside `with` would not be seen.",
+            hint="Take plain = surgery.interop.unwrap(bridge) and call that; or let run(bridge, prompts, sites) do it.",
+        )
+    return inside

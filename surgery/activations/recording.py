@@ -7,7 +7,6 @@ nothing below the layer, nothing left of the position. `surgery.activations.resu
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from surgery.activations.interventions import Captured, capture, unwrapped
 from surgery.anatomy import Anatomy, Site, anatomy_of
-from surgery.anatomy.points import first_tensor
+from surgery.anatomy.points import arguments, first_tensor
 from surgery.errors import SurgeryError
 from surgery.models import Batch, as_batch, cache_name, untouched
 
@@ -96,11 +95,9 @@ def record(
         raise SurgeryError(f"{type(model).__name__} takes no cache: its passes can't be resumed.", hint=WHOLE)
     cache = DynamicCache()  # without a config every layer keeps all tokens: masks, not caches, make windows
     raw: list[Tensor] = []
-    signatures = {id(block): inspect.signature(block.forward) for block in anatomy.blocks}
 
     def enter(block: Any, args: Any, kwargs: Any) -> None:
-        call = dict(signatures[id(block)].bind(*args, **kwargs).arguments)
-        call |= call.pop("kwargs", {})
+        call = arguments(block, args, kwargs)
         found.stream.append(call.pop(next(iter(call))))
         found.calls.append({n: _CACHE if v is cache else v for n, v in call.items()})
 

@@ -134,12 +134,12 @@ def by_structure(model: Any) -> Family:
     for path, module in block.named_modules():
         if path and hasattr(module, "weight") and module.weight is not None and module.weight.dim() == 2:
             found.setdefault(kind_of(f"layers.0.{path}.weight"), path)
-    if "o" not in found or not ("qkv" in found or {"q", "k", "v"} <= set(found)):
-        raise _unknown(model, "no attention with an output projection in its first block")
+    if "o" not in found or not ({"q", "k", "v"} <= set(found) or ("qkv" in found and "q" not in found)):
+        raise _unknown(model, "no attention with projections of q, k and v and of its output in its first block")
     attention = found["o"].rpartition(".")[0]
     mlp = next((n for n, _ in block.named_children() if n in ("mlp", "feed_forward", "ffn", "block_sparse_moe")), None)
     dense = {k: p for k, p in found.items() if mlp is None or p.startswith(f"{mlp}.")}
-    if any(_last(n) == "experts" for n, _ in block.named_modules()):
+    if any(_last(n) == "experts" for n, _ in stacks[stack].named_modules()):  # the first blocks may have none
         dense = {}
     roles = _norms(model, block, attention, found["o"], mlp, dense)
     return Family(
@@ -177,7 +177,7 @@ def _norms(model: Any, block: Any, attention: str, out: str, mlp: str | None, de
     def watch(name: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
             given = args[0] if args else kwargs["hidden_states"]
-            first = output[0] if isinstance(output, tuple) else output
+            first = output[0] if isinstance(output, (tuple, list)) else output
             inputs[name], outputs[name] = given.detach().clone().flatten(), first.detach().clone().flatten()
 
         return hook

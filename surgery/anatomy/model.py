@@ -26,8 +26,14 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     Raises `SurgeryError` when its parts can't be found, or are not what the definitions of the sites say.
     """
     found = _KNOWN.get(model)
-    if found is None or found.blocks[0] is not _blocks(model, found.family)[0]:
-        found = _KNOWN[model] = _checked(model)
+    try:
+        if found is None or not found.describes(model):
+            found = _KNOWN[model] = _checked(model)
+    except SurgeryError:
+        raise
+    except Exception as error:  # whatever the code of an unknown family trips over
+        told = str(error).strip().partition("\n")[0]
+        raise SurgeryError(f"{type(model).__name__} can't be looked into: {told}") from error
     return found
 
 
@@ -61,6 +67,9 @@ class Anatomy:
             self.embed: Any = model.get_input_embeddings()
             self.head: Any = model.get_output_embeddings()
             config: Any = model.config.get_text_config()
+            if self.head is None:
+                raise SurgeryError(f"{type(model).__name__} has no language model head.",
+                                   hint="Load it with AutoModelForCausalLM.")  # fmt: skip
             self.n_layers = len(self.blocks)
             self.n_heads: int = config.num_attention_heads
             self.d_model: int = config.hidden_size
@@ -71,7 +80,7 @@ class Anatomy:
                 f"{type(model).__name__} is not built as models of type '{self.name}' are: {error}."
             ) from error
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.logit_scale: float = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        self.logit_scale: float = (getattr(config, "logit_scale", None) or 1.0) / getattr(config, "logits_scaling", 1.0)
         self._self_check = _SelfCheck(model)
 
     def _kv_heads(self) -> int:
@@ -79,6 +88,13 @@ class Anatomy:
             return width(self.blocks[0].get_submodule(self.family.k), output=True) // self.d_head
         slots = width(self.blocks[0].get_submodule(self.family.qkv), output=True) // self.d_head
         return (slots - self.n_heads) // 2
+
+    def describes(self, model: PreTrainedModel) -> bool:
+        """Whether these are still the model's modules: it may have lost layers, or got another head."""
+        mine = (*self.blocks, self.final_norm, self.embed, self.head)
+        ends = (model.get_submodule(self.family.final_norm), model.get_input_embeddings())
+        there = (*_blocks(model, self.family), *ends, model.get_output_embeddings())
+        return len(mine) == len(there) and all(a is b for a, b in zip(mine, there, strict=True))
 
     # ---- modules
 
@@ -191,10 +207,10 @@ class Anatomy:
             site = Site.parse(pattern)
             if why := self.missing(site.name):
                 raise SurgeryError(f"There is no site '{site.name}' in {self.name}: {why}.")
-            if site.layer is not None and site.layer >= self.n_layers:
+            if site.layer is not None and not 0 <= site.layer < self.n_layers:
                 raise SurgeryError(f"'{site}': there is no layer {site.layer}; layers are 0 to {self.n_layers - 1}.")
             count = self.heads_of(site.name)
-            if site.head is not None and count is not None and site.head >= count:
+            if site.head is not None and count is not None and not 0 <= site.head < count:
                 what = "neuron" if site.kind == "neurons" else "key-value head" if site.name in ("k", "v") else "head"
                 raise SurgeryError(f"'{site}': there is no {what} {site.head}; {what}s are 0 to {count - 1}.")
             if site.layer is None and site.name not in UNLAYERED:

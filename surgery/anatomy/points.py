@@ -7,7 +7,9 @@ editing are both visits.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from surgery.anatomy.sites import Site
@@ -136,6 +138,19 @@ def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
+@lru_cache
+def signature(kind: type[nn.Module]) -> inspect.Signature:
+    """Of its `forward`; asked once, for generation calls it at every step."""
+    return inspect.signature(kind.forward)
+
+
+def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a module was called with, by name: those of its class, for others may stand in its own `forward`."""
+    named = dict(signature(type(module)).bind_partial(module, *args, **kwargs).arguments)
+    del named[next(iter(named))]  # self
+    return {**named, **named.pop("kwargs", {})}
+
+
 def _on_input(module: nn.Module, visit: Visit) -> Handle:
     def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
         new = visit(given(args, kwargs))
@@ -146,18 +161,28 @@ def _on_input(module: nn.Module, visit: Visit) -> Handle:
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _on_output(module: nn.Module, visit: Visit) -> Handle:
+def _on_output(module: nn.Module, visit: Visit, *, late: bool = False) -> Handle:
+    """Visits stand in the order in which they came, but that `late` ones are behind all others."""
+
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         new = visit(first_tensor(output))
         if new is None:
             return None
         return (new, *output[1:]) if isinstance(output, (tuple, list)) else new
 
-    return module.register_forward_hook(hook)
+    hook.late = late  # type: ignore[attr-defined]
+    handle = module.register_forward_hook(hook)
+    for key in [key for key, other in module._forward_hooks.items() if getattr(other, "late", False)]:
+        module._forward_hooks[key] = module._forward_hooks.pop(key)
+    return handle
 
 
 def _mid(anatomy: Anatomy, layer: int, visit: Visit) -> list[Handle]:
-    """The stream between attention and MLP is a sum that no module makes: a new value becomes another attn_out."""
+    """The stream between attention and MLP is a sum that no module makes: a new value becomes another attn_out.
+
+    What stands before it (resid_pre, attn_out) may be edited by those who come later: its terms are taken where all of
+    that has been done.
+    """
     before: list[Tensor] = []
 
     def remember(stream: Tensor) -> None:
@@ -168,7 +193,8 @@ def _mid(anatomy: Anatomy, layer: int, visit: Visit) -> list[Handle]:
         new = visit(stream + written)
         return None if new is None else new - stream
 
-    return [_on_input(anatomy.blocks[layer], remember), _on_output(anatomy.attn_writer(layer), add)]
+    reader = anatomy.norm("input_norm", layer) or anatomy.attention(layer)
+    return [_on_input(reader, remember), _on_output(anatomy.attn_writer(layer), add, late=True)]
 
 
 def _unflattened(anatomy: Anatomy, layer: int, hook: Any, module: nn.Module, visit: Visit) -> list[Handle]:
@@ -212,8 +238,9 @@ class _Softmaxes:
                 return pattern if new is None else new
 
         self.name, self.mode, self.seen, self.entered = name, Mode, False, []  # type: ignore[var-annotated]
+        # The mode entered last is asked first: pattern passes on from the inside, scores from the outside.
         self.handles = [
-            module.register_forward_pre_hook(self.enter),
+            module.register_forward_pre_hook(self.enter, prepend=name == "scores"),
             module.register_forward_hook(self.leave, always_call=True),
         ]
 
@@ -235,6 +262,8 @@ class _Softmaxes:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+        while self.entered:  # left behind where the module was left by an interrupt, which calls no hooks
+            self.entered.pop().__exit__(None, None, None)
 
 
 def _softmax(module: nn.Module, name: str, visit: Visit) -> list[Handle]:

@@ -43,7 +43,8 @@ _TRANSFORMER_LENS = {
     "mlp.hook_pre": "mlp_pre", "mlp.hook_post": "mlp_post",
 }  # fmt: skip
 _LONG = re.compile(r"blocks\.([0-9]+)\.((?:attn\.|mlp\.)?hook_\w+)")
-_OUTSIDE = {"hook_embed": "embed", "embed.hook_out": "embed", "ln_final.hook_normalized": "final"}
+_OUTSIDE = {"hook_embed": "embed", "embed.hook_out": "embed"}
+_OUTSIDE |= {"ln_final.hook_out": "final", "ln_final.hook_normalized": "final"}
 _SHORT = re.compile(r"(\w+?)(?:\.([0-9]+|\*)(?:\.([0-9]+))?)?(?:@(-?[0-9]+))?")
 
 
@@ -60,7 +61,9 @@ class Site:
     def parse(cls, text: str | Site) -> Site:
         """The site of a name, short or TransformerLens's. Raises `SurgeryError` with the nearest right name."""
         if isinstance(text, Site):
-            return text
+            return text._possible(text)
+        if not isinstance(text, str):
+            raise SurgeryError(f"A site is written as text, and this is {type(text).__name__}.", hint="'z.3.2@-1'")
         text = text.strip()
         if text in _OUTSIDE:
             return cls(_OUTSIDE[text])
@@ -73,13 +76,17 @@ class Site:
             wrong = short[1] if short else text
             raise SurgeryError(f"There is no site '{text}'.", hint=nearest(wrong, SITES))
         numbers = [None if part in (None, "*") else int(part) for part in short.groups()[1:]]
-        site = cls(short[1], *numbers)
-        if site.name in UNLAYERED and site.layer is not None:
-            raise SurgeryError(f"'{site.name}' is in no layer, and '{text}' names one.", hint=f"Write '{site.name}'.")
-        if site.head is not None and site.kind == _STREAM:
-            raise SurgeryError(f"'{site.name}' has no heads, and '{text}' names one.",
-                               hint=f"Write '{site.name}.{site.layer}', or a site of heads: q, k, v, z.")  # fmt: skip
-        return site
+        return cls(short[1], *numbers)._possible(text)
+
+    def _possible(self, text: str | Site) -> Site:
+        if self.name not in SITES:
+            raise SurgeryError(f"There is no site '{text}'.", hint=nearest(self.name, SITES))
+        if self.name in UNLAYERED and self.layer is not None:
+            raise SurgeryError(f"'{self.name}' is in no layer, and '{text}' names one.", hint=f"Write '{self.name}'.")
+        if self.head is not None and self.kind == _STREAM:
+            raise SurgeryError(f"'{self.name}' has no heads, and '{text}' names one.",
+                               hint=f"Write '{self.whole}', or a site of heads: q, k, v, z.")  # fmt: skip
+        return self
 
     @property
     def kind(self) -> str:
