@@ -31,6 +31,7 @@ _WRAPPED = "_original_component."
 _SPLITS = {"split_qkv_matrix": ("q", "k", "v"), "split_gate_up_matrix": ("gate", "in")}
 """Bridge components that compute with copies of one fused matrix: the method that cuts it, and the copies."""
 _PLAIN: WeakKeyDictionary[nn.Module, PreTrainedModel] = WeakKeyDictionary()
+_BASES: WeakKeyDictionary[nn.Module, PreTrainedModel] = WeakKeyDictionary()
 
 
 def unwrap(thing: Any) -> PreTrainedModel:
@@ -98,6 +99,42 @@ def to_nnsight(model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> 
     if tokenizer is None:
         return nnsight.NNsight(twin)
     return nnsight.TransformersModel(twin, tokenizer=copy.deepcopy(tokenizer), task="text-generation")
+
+
+def has_adapters(thing: Any) -> bool:
+    """Whether PEFT has put layers of its own into the model."""
+    return isinstance(thing, nn.Module) and any(_inside_adapter(module) is not None for module in thing.modules())
+
+
+def without_adapters(model: Any) -> PreTrainedModel:
+    """The base of a PEFT model: the same parameters in modules of its own, without the adapter's layers.
+
+    The same object at every call, and the PEFT model stays as it is. Raises `SurgeryError` when the base's own numbers
+    were changed: by an adapter that is merged, or that trains biases.
+    """
+    inner = unwrap(model)
+    for config in getattr(inner, "peft_config", {}).values():
+        if getattr(config, "bias", "none") != "none":
+            raise SurgeryError(f"The adapter trains the base's biases (bias='{config.bias}'): the base is not in it.",
+                               hint="Load the base by itself, and give (base, tuned).")  # fmt: skip
+    if any(getattr(module, "merged", False) for module in inner.modules() if _inside_adapter(module) is not None):
+        raise SurgeryError("The adapter is merged into the weights: the base is not there any more.",
+                           hint="Call unmerge_adapter(), or load the base and give (base, tuned).")  # fmt: skip
+    found = _BASES.get(inner)
+    mine = {id(tensor) for tensor in _tensors(inner).values()}
+    if found is None or any(id(tensor) not in mine for tensor in _tensors(found).values()):
+        found = _twin(inner, share=True)
+        while adapted := [(n, m) for n, m in found.named_modules() if _inside_adapter(m) is not None]:
+            found.set_submodule(adapted[0][0], _inside_adapter(adapted[0][1]))
+        _BASES[inner] = found
+    return found.train(inner.training)
+
+
+def _inside_adapter(module: nn.Module) -> Any:
+    """The base's own module in a layer of PEFT's; None in any other module."""
+    if not type(module).__module__.startswith("peft."):
+        return None
+    return getattr(module, "base_layer", None) or getattr(module, "original_module", None)
 
 
 def _missing(library: str, package: str) -> SurgeryError:

@@ -7,7 +7,9 @@
 | recording.py     | a pass recorded so that it can be taken up again at any layer and position                 |
 | resume.py        | taking it up again: only what a change reaches is computed                                 |
 | steering.py      | steering vectors and directional ablation                                                  |
-| decomposition.py | what pre-training and fine-tuning contribute to each block; scaling the latter             |
+| pairs.py         | two models whose blocks can stand in for each other; a PEFT model as such a pair           |
+| decomposition.py | what pre-training and fine-tuning contribute to each block                                 |
+| scaling.py       | the tuned model with the latter times a factor, in forward passes and generation           |
 """
 
 from surgery.activations.interventions import Call, Captured, capture, edit

@@ -9,7 +9,7 @@ one whole forward a change up to rounding (1e-6 of the logits' scale in float32 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,7 +89,8 @@ def last_token(recording: Recording, layer: int, stream: Tensor, start: int = 0)
         values = torch.cat([_groups(recording.values[layer][:, :, :start], groups), values], 2)
     query = at_last(recording, stream, start)[:, None]
     cache = _Cache(lambda *_: (keys, values))
-    return _call(recording, layer, query, cache, groups, recording.last)[:, 0]
+    with _only_queries(recording, layer):
+        return _call(recording, layer, query, cache, groups, recording.last)[:, 0]
 
 
 class _Made(Exception):
@@ -249,6 +250,34 @@ def _without_queries(recording: Recording, layer: int) -> Iterator[None]:
         return torch.cat([zeros, made.unflatten(-1, (few, 2, anatomy.d_head))], -2).flatten(-3)
 
     with _replaced(module, only):
+        yield
+
+
+@contextmanager
+def _only_queries(recording: Recording, layer: int) -> Iterator[None]:
+    """The key and value projections give zeros meanwhile: for few rows, reading their weights is what they cost."""
+    anatomy, at = recording.anatomy, recording.anatomy.blocks[layer]
+
+    def zeros(x: Tensor, wide: int) -> Tensor:
+        return x.new_zeros(1).expand(*x.shape[:-1], wide)
+
+    with ExitStack() as stack:
+        if anatomy.family.k is not None and anatomy.family.v is not None:
+            wide = anatomy.n_kv_heads * anatomy.d_head
+            for path in (anatomy.family.k, anatomy.family.v):
+                stack.enter_context(_replaced(at.get_submodule(path), lambda x: zeros(x, wide)))
+        elif anatomy.family.layout == "concat":  # grouped rows can't be left out without a copy of the weights
+            module = at.get_submodule(anatomy.family.qkv)
+            kind, cut = type(module).__name__, _queries(anatomy)
+            if (isinstance(module, nn.Linear) or kind == "Conv1D") and module.weight.dim() == 2:
+                weight = module.weight.t() if kind == "Conv1D" else module.weight
+                bias = None if module.bias is None else module.bias[:cut]
+                rest = len(weight) - cut
+
+                def made(x: Tensor) -> Tensor:
+                    return torch.cat([nn.functional.linear(x, weight[:cut], bias), zeros(x, rest)], -1)
+
+                stack.enter_context(_replaced(module, made))
         yield
 
 
