@@ -286,7 +286,7 @@ def _call_of(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, An
         there = torch.ones(batch, past + width, dtype=torch.bool, device=tokens.device)
     count = there.long().cumsum(1)
     positions = (count - 1)[:, past:].masked_fill(~there[:, past:], -1)
-    known = "position_ids" in signature(type(model)).parameters
+    known = "position_ids" in signature(model).parameters
     if past == 0 and known and given.get("position_ids") is None and not bool(there[:, 0].all()):
         kwargs = {**kwargs, "position_ids": positions.clamp(min=0)}
     return Call(positions, count[:, -1], past == 0), kwargs

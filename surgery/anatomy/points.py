@@ -139,14 +139,18 @@ def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 @lru_cache
-def signature(kind: type[nn.Module]) -> inspect.Signature:
-    """Of its `forward`; asked once, for generation calls it at every step."""
+def _signature(kind: Any) -> inspect.Signature:
     return inspect.signature(kind.forward)
 
 
+def signature(module: nn.Module) -> inspect.Signature:
+    """Of the `forward` of its class, `self` included: another may stand in the module. Looked up once."""
+    return _signature(type(module))
+
+
 def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a module was called with, by name: those of its class, for others may stand in its own `forward`."""
-    named = dict(signature(type(module)).bind_partial(module, *args, **kwargs).arguments)
+    """What a module was called with, by name."""
+    named = dict(signature(module).bind_partial(module, *args, **kwargs).arguments)
     del named[next(iter(named))]  # self
     return {**named, **named.pop("kwargs", {})}
 
