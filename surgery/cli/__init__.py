@@ -7,13 +7,17 @@
 | look.py    | `vector inspect`, `vector check`                                  |
 | zoo.py     | `zoo list`, `zoo get`                                             |
 | evaluate.py| `eval`                                                            |
+| patch.py   | `patch`                                                           |
+| pairs.py   | `tuco`, `diff`                                                    |
+| circuit.py | `circuit find`, `circuit test`                                    |
 | train.py   | `train`                                                           |
 | recipes.py | `recipes list`, `recipes show`                                    |
 | rollouts.py | `rollouts inspect`                                               |
 | demo.py    | `demo`                                                            |
 
-Around them: frame.py (global options, what is said and how), models.py (names of models and vectors), algebra.py
-(the formulas of `vector combine`). A new command is one function with `@command(app, name)`.
+Around them: frame.py (global options, what is said and how), models.py (names of models and vectors), prompts.py
+(files of prompts), algebra.py (the formulas of `vector combine`). A new command is one function with
+`@command(app, name)`.
 
 Exit codes: 0 done, 1 a check failed or something went wrong while running, 2 wrong input, 130 stopped by Ctrl-C.
 """
