@@ -145,7 +145,8 @@ def _signature(kind: Any) -> inspect.Signature:
 
 def signature(module: nn.Module) -> inspect.Signature:
     """Of the `forward` of its class, `self` included: another may stand in the module. Looked up once."""
-    return _signature(type(module))
+    kind: Any = type(module)
+    return _signature(kind)
 
 
 def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
