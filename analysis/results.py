@@ -182,19 +182,20 @@ class Result:
         The mean over any examples is mean(values) / mean(column) exactly. Interval and standard error count what the
         column varies: both are resampled together, and the delta method is used. A mean of the column within a few
         standard errors of zero shows as an interval that is very wide. Raises `SurgeryError` when the mean is below
-        `tolerance` times the size of what was measured (values, column, columns "clean" and "corrupt"). Without
-        `name` the ratio is called what the meta entry "ratio_name" says.
+        `tolerance` times the size of what was measured (values, column, columns "clean" and "corrupt", "source" and
+        "target"). Without `name` the ratio is called what the meta entry "ratio_name" says.
         """
         if "ratio_of" in self.meta:
             raise SurgeryError(f"Result '{self.name}' is a ratio already, over '{self.meta['ratio_of']}'.")
         column = self._numbers(by)
-        baselines = (self.columns[name] for name in ("clean", "corrupt") if name in self.columns)
+        ends = ("source", "target") if "source" in self.columns else ("clean", "corrupt")
+        baselines = (self.columns[name] for name in ends if name in self.columns)
         size = max(map(_size, (self.values, column, *baselines)))
-        middle, what = float(column.mean()), "clean - corrupt" if by == "span" else by
+        middle, what = float(column.mean()), " - ".join(ends) if by == "span" else by
         if abs(middle) <= tolerance * size:
             raise SurgeryError(
                 f"Result '{self.name}': baselines coincide: mean {what} is {middle:.1g} at a size of {size:.2g}.",
-                hint="Take examples on which clean and corrupt differ, or report the values without normalising.",
+                hint=f"Take examples on which {' and '.join(ends)} differ, or report the values without normalising.",
             )
         meta = {**self.meta, "ratio_of": by}
         name = name or self.meta.get("ratio_name") or f"{self.name} / mean {by}"
