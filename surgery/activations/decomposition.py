@@ -11,7 +11,6 @@ tuned model with FTC_l times a factor. Base blocks are called with what the tune
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from surgery.activations.pairs import Granularity, check_granularity, equal_laye
 from surgery.activations.recording import _CACHE, Recording
 from surgery.activations.scaling import scaled as scaled
 from surgery.anatomy import Anatomy, Site, anatomy_of
-from surgery.anatomy.points import attach, first_tensor
+from surgery.anatomy.points import arguments, attach, first_tensor
 from surgery.errors import SurgeryError
 from surgery.models import Batch, Pair, as_batch, cache_name, untouched
 
@@ -134,11 +133,8 @@ class _Walk:
     # ---- the tuned model's pass
 
     def _entering(self, layer: int, cache: Any) -> Any:
-        signature = inspect.signature(self.tuned.blocks[layer].forward)
-
         def hook(block: Any, args: Any, kwargs: Any) -> None:
-            call = dict(signature.bind(*args, **kwargs).arguments)
-            call |= call.pop("kwargs", {})
+            call = arguments(block, args, kwargs)
             self.stream = call.pop(next(iter(call)))
             self.own.calls.append({n: _CACHE if v is cache else v for n, v in call.items()})
             if _CACHE not in self.own.calls[-1].values():
@@ -216,7 +212,7 @@ class _Walk:
 def _first_stream(model: Any, anatomy: Anatomy, batch: Batch) -> Tensor:
     """What enters a model's first block at each last token, float32; NaN for tokens that it has not."""
     size = anatomy.embed.weight.shape[0]
-    known = Batch(batch.ids.where(batch.ids < size, 0), batch.mask)
+    known = Batch(batch.ids.clamp(max=size - 1), batch.mask)
     found: list[Tensor] = []
 
     def keep(stream: Tensor) -> None:
