@@ -49,9 +49,8 @@ class Texts:
             rows = [row[real].tolist() for row, real in zip(texts.ids, texts.mask, strict=True)]
         else:
             rows = pair.rows(texts)
-        contexts = [
-            getattr(model.config, "max_position_embeddings", None) for model in map(unwrapped, (pair.base, pair.tuned))
-        ]
+        configs = [unwrapped(model).config.get_text_config() for model in (pair.base, pair.tuned)]
+        contexts = [getattr(config, "max_position_embeddings", None) for config in configs]
         longest = min([max_tokens, *(c for c in contexts if c)])
         if [] in rows:
             raise SurgeryError(f"Text {rows.index([])} has no tokens.")
