@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,35 @@ from analysis.metrics import Metric
 from surgery.activations.interventions import detach
 from surgery.activations.recording import Recording
 from surgery.activations.resume import _portions, at_last, block, last_token
-from surgery.anatomy import Site
+from surgery.anatomy import Anatomy, Site
 from surgery.anatomy.points import attach
+
+
+class Cost:
+    """Multiplications with weights, counted while they are made, in forwards over the same prompts.
+
+    The weights of a mixture's experts count whole, scores and patterns not at all.
+    """
+
+    def __init__(self, anatomy: Anatomy, tokens: int) -> None:
+        self.attention = [weights_of(anatomy.attention(layer)) for layer in range(anatomy.n_layers)]
+        whole = [weights_of(block) for block in anatomy.blocks]
+        self.mlp = [block - part for block, part in zip(whole, self.attention, strict=True)]
+        self.head = anatomy.head.weight.numel()
+        self.forward = tokens * (sum(whole) + self.head)
+        self.made = 0
+
+    def blocks(self, layers: range, tokens: int) -> None:
+        """Whole blocks on so many tokens."""
+        self.made += tokens * sum(self.attention[layer] + self.mlp[layer] for layer in layers)
+
+    def forwards(self) -> float:
+        return self.made / self.forward
+
+
+def weights_of(module: Any) -> int:
+    """Numbers in a module's matrices."""
+    return sum(p.numel() for p in module.parameters() if p.dim() > 1)
 
 
 @dataclass
@@ -35,7 +63,13 @@ Change = Callable[[Tensor, Part], Tensor]
 
 
 def grown(
-    recording: Recording, joining: Mapping[int, int], start: int, changes: Mapping[Site, Change], *, whole: bool
+    recording: Recording,
+    joining: Mapping[int, int],
+    start: int,
+    changes: Mapping[Site, Change],
+    cost: Cost,
+    *,
+    whole: bool,
 ) -> Tensor:
     """What the last block hands on, (branches * batch, d_model) at the last token.
 
@@ -47,6 +81,7 @@ def grown(
     every = torch.arange(start, width, device=rows.device).expand(size, -1)
     for layer in range(min(joining), layers):
         if joining.get(layer):
+            cost.blocks(range(layer, layers), joining[layer] * every.numel())
             rows = torch.cat([rows, recording.stream[layer][:, start:].repeat(joining[layer], 1, 1)])
         now, found = Part(range(0), every), []
         ends = layer == layers - 1 and not whole
@@ -88,3 +123,21 @@ def unchanged(recording: Recording, metric: Metric) -> Tensor:
     """(batch,) the metric of the recorded pass itself."""
     stream = recording.stream[-1]
     return measured(recording, metric, stream if metric.needs == "all" else at_last(recording, stream, 0), 0)[0]
+
+
+def sizes(
+    model: Any, anatomy: Anatomy, examples: int, width: int, kept: int, run: int, every: bool, budget: int
+) -> tuple[int, int]:
+    """Examples that are recorded at a time, and branches (of all of them) that run at a time, within a budget.
+
+    `kept` numbers a token and layer are held beside the stream, keys and values; branches run `run` tokens each;
+    `every`: logits of all tokens are needed, and not only of the last.
+    """
+    number, vocab = next(model.parameters()).element_size(), anatomy.head.weight.shape[0]
+    held = anatomy.n_layers * width * (2 * anatomy.d_model + 2 * anatomy.n_kv_heads * anatomy.d_head + kept)
+    held += vocab * width * every
+    mlp = 4 * anatomy.d_model if anatomy.family.down is None else anatomy.d_mlp()
+    row = run * (6 * anatomy.d_model + 2 * mlp + 4 * anatomy.n_heads * anatomy.d_head)
+    row += vocab * (run if every else 1)
+    size = max(1, min(examples, int(budget / 2 / (held * number))))
+    return size, max(1, int(budget / 2 / (row * size * number)))

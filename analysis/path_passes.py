@@ -10,45 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from analysis.branches import Change, Part, grown
+from analysis.branches import Change, Cost, Part, grown, weights_of
 from surgery.activations.recording import _CACHE, Recording
 from surgery.activations.resume import _replaced, _returning, written_by_heads
-from surgery.anatomy import Anatomy, Site
+from surgery.anatomy import Site
 from surgery.anatomy.points import first_tensor, projection
 
 Sender = tuple[int, int]
 """Layer and head."""
-
-
-class Cost:
-    """Multiplications with weights, counted while they are made, in forwards over the same prompts.
-
-    The weights of a mixture's experts count whole, scores and patterns not at all.
-    """
-
-    def __init__(self, anatomy: Anatomy, tokens: int) -> None:
-        self.attention = [_weights(anatomy.attention(layer)) for layer in range(anatomy.n_layers)]
-        whole = [_weights(block) for block in anatomy.blocks]
-        self.mlp = [block - part for block, part in zip(whole, self.attention, strict=True)]
-        self.head = anatomy.head.weight.numel()
-        self.forward = tokens * (sum(whole) + self.head)
-        self.made = 0
-
-    def blocks(self, layers: range, tokens: int) -> None:
-        """Whole blocks on so many tokens."""
-        self.made += tokens * sum(self.attention[layer] + self.mlp[layer] for layer in layers)
-
-    def forwards(self) -> float:
-        return self.made / self.forward
-
-
-def _weights(module: Any) -> int:
-    return sum(p.numel() for p in module.parameters() if p.dim() > 1)
 
 
 @dataclass
@@ -151,7 +124,7 @@ def readings(frozen: Frozen, senders: Sequence[Sender], receivers: dict[Site, li
         for site, heads in receivers.items():
             if site.layer == layer:
                 module, read, _ = projection(anatomy, site.name, layer)
-                frozen.cost.made += rows.shape[0] * rows.shape[1] * _weights(module)
+                frozen.cost.made += rows.shape[0] * rows.shape[1] * weights_of(module)
                 found.append(Reading(site, heads, read(module(stream))[:, :, heads]))
     return found
 
@@ -176,11 +149,8 @@ def received(
     layers = sorted({reading.site.layer or 0 for reading in found})
     below = dict(zip(layers, [-1, *layers], strict=False))
     joining = {layer: sum(below[layer] <= at_layer < layer for at_layer, _ in senders) for layer in layers}
-    tokens = len(at) * (recording.batch.ids.shape[1] - start)
-    for layer, count in joining.items():
-        frozen.cost.blocks(range(layer, recording.anatomy.n_layers), count * tokens)
     changes = {reading.site: _writing(frozen, reading, at, held) for reading in found}
-    return grown(recording, joining, start, changes, whole=whole)
+    return grown(recording, joining, start, changes, frozen.cost, whole=whole)
 
 
 def _writing(frozen: Frozen, reading: Reading, at: Tensor, held: bool) -> Change:

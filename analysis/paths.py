@@ -30,10 +30,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from analysis.branches import measured, unchanged
+from analysis.branches import Cost, measured, sizes, unchanged
 from analysis.metrics import Metric, as_metric
 from analysis.path_ends import Places, places_of, receivers_of, senders_of
-from analysis.path_passes import Cost, Frozen, Sender, readings, received, to_logits
+from analysis.path_passes import Frozen, Sender, readings, received, to_logits
 from analysis.positions import Position
 from analysis.results import Result
 from surgery.activations.interventions import unwrapped
@@ -145,11 +145,16 @@ class _Task:
 
     def sweep(self, senders: Sequence[Sender], budget: int, progress: Progress | None) -> tuple[Tensor, Tensor, Tensor]:
         """The metric of every sender (example, sender), of the base run and of the other (example,)."""
-        found, size, done = [], self._examples(budget), 0
+        anatomy, width = self.anatomy, self.base.ids.shape[1]
+        behind = 0 if self.receivers is None else width - self.places.start
+        longest, heads = max(width, self.source.ids.shape[1]), anatomy.n_heads * anatomy.d_head
+        size, step = sizes(self.model, anatomy, len(self.base), longest, 2 * heads,
+                           max(behind, self.places.columns.shape[1]), self.metric.needs == "all", budget)  # fmt: skip
+        found, done = [], 0
         for begin in range(0, len(self.base), size):
             part = self.select(slice(begin, begin + size))
             recording, at_source, frozen = part.first()
-            step, values = part._groups(budget), []
+            values = []
             for i in range(0, len(senders), step):
                 values.append(part.second(frozen, senders[i : i + step]).T)
                 done += values[-1].numel()
@@ -191,26 +196,3 @@ class _Task:
         places, start = self.places, self.places.start
         rows = received(frozen, senders, found, places.arrives, start, held=places.held, whole=every)
         return measured(recording, self.metric, rows, start)
-
-    # ---- sizes
-
-    def _examples(self, budget: int) -> int:
-        """Examples whose runs are kept at a time, with half of the budget."""
-        anatomy, width = self.anatomy, self.base.ids.shape[1]
-        heads = (anatomy.n_heads + anatomy.n_kv_heads) * anatomy.d_head
-        kept = anatomy.n_layers * (2 * anatomy.d_model + 2 * heads) * max(width, self.source.ids.shape[1])
-        kept += self.anatomy.head.weight.shape[0] * width * (self.metric.needs == "all")
-        return max(1, min(len(self.base), int(budget / 2 / kept / self._number())))
-
-    def _groups(self, budget: int) -> int:
-        """Senders whose passes are made at a time, with the other half."""
-        anatomy, size = self.anatomy, len(self.base)
-        mlp = 4 * anatomy.d_model if anatomy.family.down is None else anatomy.d_mlp()
-        behind = 0 if self.receivers is None else self.base.ids.shape[1] - self.places.start
-        width = max(self.places.columns.shape[1], behind)
-        row = 6 * anatomy.d_model + 2 * mlp + 4 * anatomy.n_heads * anatomy.d_head
-        row = row * width + anatomy.head.weight.shape[0] * (width if self.metric.needs == "all" else 1)
-        return max(1, int(budget / 2 / (row * size * self._number())))
-
-    def _number(self) -> int:
-        return next(self.model.parameters()).element_size()
