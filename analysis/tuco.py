@@ -30,7 +30,7 @@ from analysis.prompts import Progress, by_length
 from analysis.results import Result
 from analysis.similarity import Auc, auc
 from surgery.activations.decomposition import decompose, read
-from surgery.activations.pairs import Granularity, pair_of
+from surgery.activations.pairs import Granularity, equal_layers, pair_of
 from surgery.activations.passes import run
 from surgery.anatomy import Site, anatomy_of
 from surgery.errors import SurgeryError
@@ -181,9 +181,10 @@ def tuco(
         raise SurgeryError(f"batch_size is at least 1, and not {batch_size}.")
     found: dict[str, list[Any]] = {name: [None] * len(rows) for name in ("value", "beta", "p", "f", "x0", "tokens")}
     steps: list[str] = []
+    equal = equal_layers(anatomy_of(both.base), anatomy_of(both.tuned))  # type: ignore[arg-type]
     for part in by_length(rows, batch_size, progress):
         batch = encode(None, [rows[i] for i in part])
-        seen = decompose(both, batch, granularity=granularity, per_token=per_token)
+        seen = decompose(both, batch, granularity=granularity, per_token=per_token, equal=equal)
         steps, ptc, ftc = seen.steps, seen.pretraining, seen.finetuning
         columns = {
             "value": contribution(ptc, ftc),

@@ -58,12 +58,14 @@ def decompose(
     tokenizer: Any = None,
     granularity: Granularity = "block",
     per_token: bool = False,
+    equal: set[int] | None = None,
 ) -> Decomposition:
     """PTC and FTC of one batch of prompts, in about 1.2 forward passes; `per_token` takes two.
 
     `granularity="sublayer"` is an extension of the paper: attention and MLP are decomposed one after the other, so that
     the base's MLP reads the stream behind the tuned model's attention (in parallel blocks both read the same anyway).
-    Layers whose weights are equal byte by byte are not run twice: FTC is 0 there. For `pair` see `pair_of`.
+    Layers whose weights are equal byte by byte are not run twice: FTC is 0 there; `equal` says which, where it is known
+    (see `equal_layers`). For `pair` see `pair_of`.
     Raises `SurgeryError` for models that don't fit together, and for attention without keys and values.
     """
     both = pair_of(pair, tokenizer)
@@ -71,7 +73,7 @@ def decompose(
     model: Any = both.tuned
     batch = read(both, prompts).to(model.device).right_padded()
     with untouched(both.tuned, both.base), same_attention(both):
-        return _Walk(both, batch, granularity == "sublayer", per_token).run()
+        return _Walk(both, batch, granularity == "sublayer", per_token, equal).run()
 
 
 def read(pair: Pair, prompts: Any, *, chat: bool = False) -> Batch:
@@ -88,10 +90,11 @@ class _Stopped(Exception):
 class _Walk:
     """One pass of the tuned model, the base's blocks computed beside it; no stream is kept longer than its block."""
 
-    def __init__(self, pair: Pair, batch: Batch, sublayers: bool, per_token: bool) -> None:
+    def __init__(self, pair: Pair, batch: Batch, sublayers: bool, per_token: bool, equal: set[int] | None) -> None:
         self.pair, self.batch, self.sublayers, self.per_token = pair, batch, sublayers, per_token
         self.tuned, self.base = anatomy_of(pair.tuned), anatomy_of(pair.base)  # type: ignore[arg-type]
-        self.layers, self.equal = self.tuned.n_layers, equal_layers(self.base, self.tuned)
+        self.layers = self.tuned.n_layers
+        self.equal = equal_layers(self.base, self.tuned) if equal is None else equal
         self.own = Recording(pair.tuned, self.tuned, batch)
         self.others = Recording(pair.base, self.base, batch, calls=self.own.calls)
         self.through = resume.block if per_token else resume.last_token
