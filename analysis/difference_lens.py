@@ -2,7 +2,7 @@
 
     lens = difference_lens(pair, unrelated_texts)     # mean of x_tuned - x_base at the first positions, layer L // 2
     lens.words(), lens.plot()                         # the tokens it promotes and suppresses
-    with edit(pair.tuned, lens.edits(scale=4.0)): ... # steer by it
+    with steer(pair.tuned, lens.steering(), 4.0): ...  # of surgery.activations.steering
 
 Minder et al. 2025, "Narrow Finetuning Leaves Clearly Readable Traces in Activation Differences" (arXiv:2510.13900): on
 the first tokens of unrelated text a narrow fine-tuning adds much the same vector, whose tokens tell what it was about.
@@ -11,7 +11,6 @@ the first tokens of unrelated text a narrow fine-tuning adds much the same vecto
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +25,7 @@ from analysis.prompts import Progress, by_length
 from analysis.similarity import Principal, principal
 from surgery.activations import run
 from surgery.activations.interventions import unwrapped
-from surgery.anatomy import anatomy_of
+from surgery.anatomy import Site, anatomy_of
 from surgery.errors import SurgeryError
 from surgery.models import Pair, encode
 
@@ -72,10 +71,9 @@ class DifferenceLens:
         """(d_model,) the steering vector: of one position, or the mean over the positions."""
         return self.vectors.mean(0) if position is None else self.vectors[position]
 
-    def edits(self, scale: float = 1.0, position: int | None = None) -> dict[str, Callable[[Tensor], Tensor]]:
-        """For `surgery.activations.edit`: adds `scale` times the vector to the stream at its site, at every token."""
-        vector = scale * self.vector(position)
-        return {self.site: lambda x: x + vector.to(x.device, x.dtype)}
+    def steering(self, position: int | None = None) -> dict[str | Site, Tensor]:
+        """Its site and vector, as `surgery.activations.steering.steer` takes them."""
+        return {self.site: self.vector(position)}
 
     def plot(self, k: int = 6, title: str = "") -> Figure:
         """The tokens promoted, by position, read with either model's head."""

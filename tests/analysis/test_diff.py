@@ -30,7 +30,8 @@ from analysis.logit_attribution import (
 )
 from analysis.metrics import logit_diff
 from analysis.per_token import Texts
-from surgery.activations import edit, run
+from surgery.activations import run
+from surgery.activations.steering import steer
 from surgery.anatomy import anatomy_of
 from surgery.errors import SurgeryError
 from surgery.models import Batch, Pair, encode
@@ -348,7 +349,7 @@ def test_the_difference_lens_finds_a_planted_vector(layer):
     assert row["promoted"][0][0] == f"<{wanted}>" and row["promoted"][0][1] > row["suppressed"][0][1]
     ids = torch.tensor([texts()[0]])
     with torch.no_grad():  # the vector as steering makes the base what the tuned model is
-        with edit(base, lens.edits()):
+        with steer(base, lens.steering()):
             steered = base(ids).logits
         assert torch.allclose(steered, other(ids).logits, atol=1e-4)
     assert len(lens.plot(3).axes) == 3
