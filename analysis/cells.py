@@ -7,8 +7,8 @@ time as the memory allows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ KEPT = {
     "z": ("z",), "q": ("z", "q"), "k": ("z", "k"), "v": ("z", "v"), "pattern": ("z",), "mlp_post": ("mlp_post",),
 }  # fmt: skip
 """Sites whose changes can be taken up from where they are, with what a recording must keep for it."""
+
+CALL = 5_000_000
+"""Multiply-adds in the time that calling a block takes."""
 
 Replacement = Callable[[int], Tensor]
 """What takes the place of a site's values in a layer: (batch, pos, ...) with the recorded columns, or one column."""
@@ -54,6 +57,20 @@ class Cells:
     site: str
     replacement: Replacement
     _attended: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
+
+    def changes(self, layer: int, column: Column) -> bool:
+        """Whether what is written in differs from what was there: before block 0, only where the tokens differ."""
+        if self.site == "pattern":  # which no recording keeps
+            return True
+        if self.site in ("resid_pre", "resid_post"):
+            old = self.recording.stream[layer + (self.site == "resid_post")]
+        else:
+            old = self.recording.seen[f"{self.site}.{layer}"]
+        new = self.replacement(layer).to(old.dtype).expand(old.shape)
+        if column.columns is None:
+            return not torch.equal(old[:, column.start :], new[:, column.start :])
+        rows = torch.arange(len(old), device=old.device)
+        return not torch.equal(old[rows, column.columns], new[rows, column.columns])
 
     def entry(self, layer: int, column: Column, parts: Sequence[int] | None) -> Entry:
         """What the cells of one layer and column begin with: one group, or one for each of the heads or neurons."""
@@ -134,29 +151,60 @@ def sweep(
     columns: Sequence[Column],
     parts: Sequence[int] | None = None,
     *,
+    unchanged: Tensor,
     rows: int,
     advance: Callable[[int], None] = lambda cells: None,
 ) -> Tensor:
-    """The metric of every cell, (batch, layer, column, part); at most `rows` rows run at a time, one cell at least."""
-    recording, size = cells.recording, len(cells.recording.batch)
-    each = 1 if parts is None else max(1, min(len(parts), rows // size))
-    chunks = [None] if parts is None else [parts[i : i + each] for i in range(0, len(parts), each)]
-    found = []
-    for column in columns:
-        done: list[Tensor] = []
-        pending: list[Entry] = []
-        for layer in layers:
-            for chunk in chunks:
-                entry = cells.entry(layer, column, chunk)
-                if pending and sum(len(e.value) for e in pending) + len(entry.value) > rows:
-                    done.append(_measured(recording, metric, pending, column.start))
-                    advance(len(done[-1]))
-                    pending = []
-                pending.append(entry)
-        done.append(_measured(recording, metric, pending, column.start))
-        advance(len(done[-1]))
-        found.append(torch.cat(done).view(len(layers), -1, size))
-    return torch.stack(found).permute(3, 1, 0, 2)
+    """The metric of every cell, (batch, layer, column, part); at most `rows` rows run at a time, one cell at least.
+
+    Cells that change nothing have the metric `unchanged` (batch,).
+    """
+    recording, size, count = cells.recording, len(cells.recording.batch), 1 if parts is None else len(parts)
+    each = max(1, min(count, rows // size))
+    chunks = [slice(i, min(i + each, count)) for i in range(0, count, each)]
+    found = unchanged.repeat(len(layers), len(columns), count, 1)
+    pending: list[tuple[Entry, Tensor]] = []
+
+    def finished(start: int) -> None:
+        if pending:
+            pending.sort(key=lambda entered: entered[0].layer)  # as they come out
+            values = _measured(recording, metric, [entry for entry, _ in pending], start)
+            for (_, place), value in zip(pending, values.split([len(place) for _, place in pending]), strict=True):
+                place.copy_(value)
+            advance(len(values))
+            pending.clear()
+
+    for start, group in _together(recording, columns, len(layers) * count):
+        for i, layer in enumerate(layers):
+            for j in group:
+                column = replace(columns[j], start=start)
+                if not cells.changes(layer, column):
+                    advance(count)
+                    continue
+                for chunk in chunks:
+                    entry = cells.entry(layer, column, None if parts is None else parts[chunk])
+                    if sum(len(e.value) for e, _ in pending) + len(entry.value) > rows:
+                        finished(start)
+                    pending.append((entry, found[i, j, chunk]))
+        finished(start)
+    return found.permute(3, 0, 1, 2)
+
+
+def _together(recording: Recording, columns: Sequence[Column], cells: int) -> Iterator[tuple[int, list[int]]]:
+    """Columns that run together, and from where: some tokens too many are cheaper than calling small blocks again."""
+    block = recording.anatomy.blocks[0]
+    token = sum(parameter.numel() for parameter in block.parameters())
+    mean_rows = max(1, len(recording.batch) * cells // 2)
+    group: list[int] = []
+    for j, column in enumerate(columns):
+        starts = [columns[i].start for i in [*group, j]]
+        wasted = (sum(starts) - len(starts) * min(starts)) * mean_rows * token
+        if group and (column.columns is None or wasted > len(group) * CALL):
+            yield min(columns[i].start for i in group), group
+            group = []
+        group.append(j)
+    if group:
+        yield min(columns[i].start for i in group), group
 
 
 def _measured(recording: Recording, metric: Metric, pending: list[Entry], start: int) -> Tensor:

@@ -86,14 +86,17 @@ def patch(
         there = None
         places = everywhere(first) if by == "all" else places_of(base, positions, first)
 
+    after: list[Tensor] = []
+
     def values(rows: slice) -> Source:
-        _, seen = run(model, source.select(rows), [site], stop=True)
+        value, seen = sweep.seen(source, rows, [site])
+        after.append(value)
         moved = None if there is None else (there[0][rows], there[1][rows])
         return lambda layer: _moved(seen[Site(site, layer)], moved, base)
 
     effects, before = sweep(places, values, progress)
-    after = sweep.whole(source)
-    corrupt_value, clean_value = (before, after) if direction == "denoising" else (after, before)
+    other = torch.cat(after)
+    corrupt_value, clean_value = (before, other) if direction == "denoising" else (other, before)
     columns = {"clean": clean_value, "corrupt": corrupt_value, "span": clean_value - corrupt_value}
     meta = {"kind": "patching", "direction": direction, "model": anatomy_of(model).name,
             "ratio_name": "recovery" if direction == "denoising" else "damage"}  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor
 from analysis.cells import KEPT, Cells, Column, Replacement, sweep
 from analysis.metrics import Metric
 from analysis.results import Result
-from surgery.activations.interventions import eager
+from surgery.activations.interventions import Captured, eager
 from surgery.activations.passes import run
 from surgery.activations.recording import record
 from surgery.anatomy import Anatomy, Site, anatomy_of
@@ -144,8 +144,8 @@ class Run:
             return unchanged.new_zeros(len(batch), len(self.layers or ()), 0, len(self.parts or (0,))), unchanged
         cells = Cells(recording, self.site, source)
         step = len(batch)
-        found = sweep(cells, metric, list(self.layers or ()), columns, self.parts, rows=rows,
-                      advance=lambda groups: advance(groups * step))  # fmt: skip
+        found = sweep(cells, metric, list(self.layers or ()), columns, self.parts, unchanged=unchanged,
+                      rows=rows, advance=lambda groups: advance(groups * step))  # fmt: skip
         return found, unchanged
 
     def _whole_forwards(
@@ -180,19 +180,18 @@ class Run:
     def whole(self, batch: Batch) -> Tensor:
         """The metric (example,) of plain runs of another batch."""
         size, _ = self._sizes()
-        found = []
-        for begin in range(0, len(batch), size):
-            rows = slice(begin, begin + size)
-            part = batch.select(rows)
-            if self.metric.needs == "all":
-                logits, _ = run(self.model, part)
-                assert logits is not None
-                found.append(self.metric.select(rows).of_logits(logits, part.last))
-            else:
-                _, seen = run(self.model, part, ["final@-1"], stop=True)
-                with torch.no_grad():
-                    found.append(self.metric.select(rows).of_final(seen["final@-1"][None], self.anatomy)[0])
-        return torch.cat(found)
+        return torch.cat([self.seen(batch, slice(i, i + size))[0] for i in range(0, len(batch), size)])
+
+    def seen(self, batch: Batch, rows: slice, sites: Sequence[str | Site] = ()) -> tuple[Tensor, Captured]:
+        """The metric (example,) of a plain run of some examples of another batch, and what is at some sites."""
+        part, metric = batch.select(rows), self.metric.select(rows)
+        if metric.needs == "all":
+            logits, seen = run(self.model, part, sites)
+            assert logits is not None
+            return metric.of_logits(logits, part.last), seen
+        _, seen = run(self.model, part, [*sites, "final@-1"], stop=True)
+        with torch.no_grad():
+            return metric.of_final(seen["final@-1"][None], self.anatomy)[0], seen
 
     def _sizes(self) -> tuple[int, int]:
         """Examples recorded at a time, and rows run at a time, that keep within the budget (one of each at least)."""
