@@ -203,6 +203,15 @@ def test_small_budgets_and_portions_give_the_same_numbers(monkeypatch):
     assert told == sorted(told) and len(told) > 6 and told[-1] == (80, 80)
 
 
+def test_bfloat16():
+    """Two bits of logits of order 4."""
+    more = {"reference": CORRUPT, "positions": POSITIONS}
+    exact = evaluate_circuit(build("gpt2"), CLEAN, CIRCUIT, METRIC, **more)
+    found = evaluate_circuit(build("gpt2", dtype=torch.bfloat16), CLEAN, CIRCUIT, METRIC, **more)
+    assert abs(found.values - exact.values).max() < 0.06
+    assert abs(exact.values - np.array(exact.columns["model"])).max() > 0.1
+
+
 def test_faithfulness_and_random_circuits():
     model, batch = build("llama_gqa"), Batch.of(CLEAN)
     more = {"reference": CORRUPT, "positions": POSITIONS, "draws": 4, "seed": 7}

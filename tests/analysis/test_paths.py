@@ -145,6 +145,16 @@ def test_padding_changes_nothing(name, side):
         assert abs(found.values).max() > 1e-3 or more.get("position") == -2
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama_gqa", "gemma2"])
+def test_bfloat16_is_as_near_to_float32_as_the_plain_form(name):
+    """Logits here are of order 4: 0.03 is one bit. Effects may lie two bits apart."""
+    half, base, source = build(name, dtype=torch.bfloat16), Batch.of(CLEAN), Batch.of(CORRUPT)
+    exact = path_patch(build(name), CLEAN, CORRUPT, METRIC).values
+    found = path_patch(half, CLEAN, CORRUPT, METRIC).values
+    expected = path_patch_plain(half, base, source, METRIC, [], base.last)
+    assert abs(found - expected).max() < 0.06 and abs(found - exact).max() < 0.06 < abs(exact).max()
+
+
 def test_prompts_of_different_length_are_counted_from_the_end():
     model = build("llama_gqa")
     longer = torch.cat([CORRUPT[:, :2], CORRUPT], 1)
