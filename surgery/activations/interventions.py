@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -78,11 +78,19 @@ class Captured(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def __contains__(self, site: object) -> bool:
+        return isinstance(site, (str, Site)) and Site.parse(site) in self._values
+
+    def get(self, site: str | Site, default: Any = None) -> Any:
+        """The value of a site, or `default` where there is none."""
+        return self._values.get(Site.parse(site), default)
+
     def stack(self, name: str) -> Tensor:
-        """The values of one site in all captured layers, (layer, ...)."""
-        found = [value for site, value in sorted(self._values.items(), key=_by_layer) if site.name == name]
+        """The values of a site in all captured layers, (layer, ...): of "z", or of a part of it, "z.*.2@-1"."""
+        part = replace(Site.parse(name), layer=None)
+        found = [v for site, v in sorted(self._values.items(), key=_by_layer) if replace(site, layer=None) == part]
         if not found:
-            raise SurgeryError(f"'{name}' was not captured in any layer.")
+            raise SurgeryError(f"'{part}' was not captured in any layer.", hint=nearest(name, map(str, self._wanted)))
         return torch.stack(found)
 
     def clear(self) -> None:
@@ -205,8 +213,11 @@ def taken(value: Tensor, site: Site, call: Call) -> Tensor:
 
 
 def put(value: Tensor, site: Site, call: Call, new: Tensor) -> Tensor:
-    """The whole value with a new part in it, of the value's type and device; the value itself is left alone."""
-    new = torch.as_tensor(new).to(value.device, value.dtype)
+    """The whole value with a new part in it, of the value's type and device; value and part themselves are left alone.
+
+    Some families write into what their modules hand on.
+    """
+    new = _as_tensor(new, site).to(value.device, value.dtype)
     index = _index(site, call)
     shape = value[index].shape
     try:
@@ -215,15 +226,23 @@ def put(value: Tensor, site: Site, call: Call, new: Tensor) -> Tensor:
         problem = f"'{site}': the new value has shape {tuple(new.shape)}, and {tuple(shape)} is expected."
         raise SurgeryError(problem) from None
     if site.head is None and site.position is None:
-        return new
+        return new.clone()
     value = value.clone()
     value[index] = new
     return value
 
 
+def _as_tensor(new: Any, site: Site) -> Tensor:
+    try:
+        return torch.as_tensor(new)
+    except (TypeError, ValueError, RuntimeError):
+        kind = type(new).__name__
+        raise SurgeryError(f"'{site}': the new value is {kind}, and a tensor or a number is needed.") from None
+
+
 def rows_of(change: Any, site: Site, call: Call, value: Tensor) -> Tensor:
     """A given value for the rows that have the position in this pass, when it has one for every row."""
-    change = torch.as_tensor(change)
+    change = _as_tensor(change, site)
     if site.position is None or change.dim() == 0:
         return change
     rows, _ = call.at(site.position)
