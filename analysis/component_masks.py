@@ -237,8 +237,9 @@ def _listed(desiderata: Desideratum | Sequence[Desideratum]) -> list[Desideratum
 
 def _divided(name: str, count: int, shares: Sequence[float], generator: torch.Generator) -> list[Tensor]:
     """Shuffled rows in shares: the first ones rounded down, the last what is left."""
-    if any(share < 0 for share in shares) or abs(sum(shares) - 1) > 1e-6:
-        raise SurgeryError(f"split={tuple(shares)}: expected shares of training, validation and test that make 1.")
+    if min(shares) < 0 or 0 in shares[:2] or abs(sum(shares) - 1) > 1e-6:
+        raise SurgeryError(f"split={tuple(shares)}: expected shares of training, validation and test that make 1; only "
+                           "the last may be 0.")  # fmt: skip
     order = torch.randperm(count, generator=generator)
     ends = [int(sum(shares[: i + 1]) * count + 1e-9) for i in range(len(shares) - 1)] + [count]
     found = [order[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]

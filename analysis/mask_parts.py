@@ -27,7 +27,7 @@ Place = int | str | None
 """A position (negative ones from the last token), the name of an anchor, or None: all positions."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Desideratum:
     """What should come out when what matters is patched: `target` after `prompts` with parts of `counterfactuals`.
 
@@ -46,7 +46,7 @@ class Desideratum:
 # ---- components ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """Components of one site and place that share its value: heads, neurons, directions, or the whole as one."""
 
@@ -182,6 +182,8 @@ class Sample:
 
     def keep(self, parts: Sequence[Part], memory: int) -> int:
         """Computes what every pass needs, and keeps it when it takes no more than `memory` bytes; says how many."""
+        if memory <= 0:
+            return 0
         found = self._made(parts)
         taken = sum(t.nbytes for t in [found.stream, *found.others.values(), *found.lean.keys, *found.lean.values])
         self.kept = found if taken <= memory else None
@@ -293,7 +295,7 @@ def samples_of(
     """Rows of a desideratum in batches, each as wide as its longest prompt."""
     batch, other, target, columns = pairs
     found = []
-    for some in rows.to(batch.ids.device).split(size):
+    for some in rows.to(batch.ids.device).split(size) if len(rows) else ():
         of = {place: tuple(None if c is None else c[some] for c in pair) for place, pair in columns.items()}
         found.append(Sample(model, _cut(batch.select(some)), _cut(other.select(some)), target[some], of))  # type: ignore[arg-type]
     return found

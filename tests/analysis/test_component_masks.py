@@ -247,6 +247,7 @@ def test_validation_of_ones_own_and_splits():
     found = learn_mask(model, data, validation=held, epochs=12, batch_size=16)
     assert found.test == {} and found.history["accuracy"].values.shape[0] == 10
     assert found.history["loss"].values.shape[2] == 36
+    assert learn_mask(model, data, split=(0.7, 0.3, 0.0), epochs=1).test == {}
     train, validation, test = rows_of(48)
     found = learn_mask(model, data, epochs=1)
     assert list(found.history["accuracy"].labels) == validation.tolist()
@@ -397,6 +398,8 @@ def with_pairs(**more):
         ({"epochs": 0}, "epochs"),
         ({"path": []}, "path"),
         ({"split": (0.5, 0.2, 0.2)}, "make 1"),
+        ({"split": (0.0, 0.5, 0.5)}, "only the last may be 0"),
+        ({"split": (0.5, 0.6, -0.1)}, "make 1"),
         ({"desiderata": []}, "No desideratum"),
         ({"desiderata": [pairs(), pairs()]}, "different names"),
         (with_pairs(prompts=prompts(15, 9)[0]), "15 prompts and 16 counterfactuals"),
