@@ -40,10 +40,12 @@ def run(
         stack.enter_context(untouched(model))
         stack.enter_context(edit(model, edits or {}))
         seen = stack.enter_context(capture(model, wanted))
-        if stop and not any(site.name == "final" for site in wanted):
-            deepest = max((site.layer for site in wanted if site.layer is not None), default=-1)
+        if stop:
             # The block behind the last site is not entered; of the last block itself the whole is run.
-            behind = Site("resid_pre", deepest + 1) if deepest + 1 < anatomy.n_layers else Site("final")
+            entered = [-1 if s.name == "embed" else anatomy.n_layers - 1 if s.layer is None else
+                       s.layer - (s.name == "resid_pre") for s in wanted]  # fmt: skip
+            first = max(entered, default=-1) + 1
+            behind = Site("resid_pre", first) if first < anatomy.n_layers else Site("final")
             stack.callback(detach, attach(anatomy, behind, _stop))
         try:
             logits = model(**batch.inputs(model), use_cache=False).logits
