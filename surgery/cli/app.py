@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import surgery
-from surgery.cli import demo, evaluate, look, merge, methods, pairs, patch, recipes, rollouts, train, zoo
+from surgery.cli import circuit, demo, evaluate, look, merge, methods, pairs, patch, recipes, rollouts, train, zoo
 from surgery.cli.frame import Debug, Json, Quiet, new_app, set_global, unwrapped
 
 app = new_app()
@@ -19,6 +19,7 @@ app.add_typer(zoo.app, name="zoo")
 evaluate.register(app)
 patch.register(app)
 pairs.register(app)
+app.add_typer(circuit.app, name="circuit")
 train.register(app)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(rollouts.app, name="rollouts")

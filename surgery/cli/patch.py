@@ -10,13 +10,10 @@ import typer
 
 from surgery.cli import frame, prompts
 from surgery.cli.frame import Force, Threads, command, option
-from surgery.errors import SurgeryError
+from surgery.cli.prompts import Clean, Corrupt, First, MetricName, Number, Seed, Suffix, Task
 
 if TYPE_CHECKING:
     from analysis.results import Result
-
-FIGURES = (".png", ".svg", ".pdf")
-Metric = Literal["logit_diff", "prob", "log_prob", "kl", "accuracy"]
 
 
 def register(app: typer.Typer) -> None:
@@ -24,20 +21,7 @@ def register(app: typer.Typer) -> None:
     command(app, "patch")(patch)
 
 
-_PROMPTS = "Prompts, pair by pair"
-Clean = Annotated[
-    Path | None, option("A line, or a row with `prompt` and `answer`, each.", metavar="FILE", panel=_PROMPTS)
-]
-Corrupt = Annotated[
-    Path | None, option("Likewise; or `corrupt_prompt` in --clean's rows.", metavar="FILE", panel=_PROMPTS)
-]
-Task = Annotated[str | None, option("A task that makes both (boxes).", panel=_PROMPTS)]
-Number = Annotated[int, option("Pairs.", "--n", min=1, panel=_PROMPTS)]
-Seed = Annotated[int, option("Of a task's examples.", panel=_PROMPTS)]
-Suffix = Annotated[str, option("What both prompts end with, as in '#'.", panel=_PROMPTS)]
-First = Annotated[bool, option("Of answers of several tokens take the first.", "--first-token", panel=_PROMPTS)]
 Site = Annotated[str, option("resid_pre, resid_mid, resid_post, attn_out, mlp_out, z, q, k, v, pattern, mlp_post.")]
-MetricName = Annotated[Metric, option("What is measured of the answer.")]
 Noising = Annotated[bool, option("Corrupt activations into the clean run, not clean into corrupt.", "--noising")]
 By = Annotated[Literal["position", "all"] | None, option("A cell a position, or all at once.",
                                                          default="position in the stream, all for heads")]  # fmt: skip
@@ -82,7 +66,7 @@ def patch(
     surgery patch MODEL --clean pairs.jsonl --site attn_out --noising
     """
     began = time.perf_counter()
-    _checked_outputs(out, plot, force)
+    prompts.checked_outputs(out, plot, force)
     good, bad = prompts.pairs(clean, corrupt, task, n, seed)
 
     import torch
@@ -95,7 +79,7 @@ def patch(
     with no_bars():
         loaded, tokenizer = load(model, dtype, device)
     batches = [encode(tokenizer, [row["prompt"] + suffix for row in part]) for part in (good, bad)]
-    measured, remarks = _metric(metric, loaded, tokenizer, batches, good, bad, first_token)
+    measured, remarks = prompts.metric(metric, loaded, tokenizer, batches, good, bad, first_token)
     with frame.progress("Patching") as advance:
         found = sweep(
             loaded, batches[0], batches[1], measured, site, direction="noising" if noising else "denoising", by=by,
@@ -118,45 +102,6 @@ def patch(
     if written:
         closing += " Written: " + ", ".join(map(str, written))
     frame.result(told, *([] if frame.STATE.json or frame.STATE.quiet else [_table(shown, rows)]), closing)
-
-
-def _checked_outputs(out: Path | None, plot: Path | None, force: bool) -> None:
-    if out is not None and not force:
-        taken = [f for f in (out.with_suffix(".json"), out.with_suffix(".safetensors")) if f.exists()]
-        if taken:
-            raise SurgeryError(f"The output {taken[0]} exists already.", hint="Choose another name, or pass --force.")
-    if plot is not None and plot.suffix not in FIGURES:
-        raise SurgeryError(f"--plot writes {', '.join(FIGURES)} files, and '{plot}' is none.")
-
-
-def _metric(
-    name: Metric, model: Any, tokenizer: Any, batches: list[Any], good: list[Any], bad: list[Any], first: bool
-) -> tuple[Any, list[str]]:
-    """The metric by its name, and what should be known of it."""
-    import torch
-
-    from analysis import metrics
-    from surgery.activations import run
-
-    def likeliest(batch: Any) -> Any:
-        logits: Any = run(model, batch)[0]
-        here = batch.to(logits.device)
-        return logits[torch.arange(len(here), device=logits.device), here.last]
-
-    remarks = []
-    right, wrong = (prompts.answers(rows, tokenizer, first=first) for rows in (good, bad))
-    if right is None or (wrong is None and name == "logit_diff"):
-        own = [likeliest(batch).argmax(-1).cpu() for batch in batches]
-        right, wrong = (own[0] if right is None else right), own[1]
-        remarks.append("Rows without answers: the model's own likeliest tokens are taken.")
-    if name == "kl":
-        return metrics.kl(likeliest(batches[0])), remarks
-    if name == "logit_diff":
-        same = int((right == wrong).sum())
-        if same:
-            remarks.append(f"In {frame.count(same, 'pair')} both answers are the same token.")
-        return metrics.logit_diff(torch.stack([right, wrong], 1)), remarks
-    return getattr(metrics, name)(right), remarks
 
 
 def _mean(found: Result, column: str) -> float:

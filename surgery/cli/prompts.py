@@ -4,9 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from surgery.cli import frame
+from surgery.cli.frame import option
 from surgery.errors import SurgeryError
+
+FIGURES = (".png", ".svg", ".pdf")
+Metric = Literal["logit_diff", "prob", "log_prob", "kl", "accuracy"]
+
+_PROMPTS = "Prompts, pair by pair"
+Clean = Annotated[
+    Path | None, option("A line, or a row with `prompt` and `answer`, each.", metavar="FILE", panel=_PROMPTS)
+]
+Corrupt = Annotated[
+    Path | None, option("Likewise; or `corrupt_prompt` in --clean's rows.", metavar="FILE", panel=_PROMPTS)
+]
+Task = Annotated[str | None, option("A task that makes both (boxes).", panel=_PROMPTS)]
+Number = Annotated[int, option("Pairs.", "--n", min=1, panel=_PROMPTS)]
+Seed = Annotated[int, option("Of a task's examples.", panel=_PROMPTS)]
+Suffix = Annotated[str, option("What both prompts end with, as in '#'.", panel=_PROMPTS)]
+First = Annotated[bool, option("Of answers of several tokens take the first.", "--first-token", panel=_PROMPTS)]
+MetricName = Annotated[Metric, option("What is measured of the answer.")]
 
 
 def rows(path: Path, n: int | None = None) -> list[dict[str, Any]]:
@@ -85,3 +104,42 @@ def answers(found: Sequence[dict[str, Any]], tokenizer: Any, *, first: bool) -> 
     from analysis.metrics import answer_tokens
 
     return answer_tokens(tokenizer, [str(row["answer"]) for row in found], first=first)
+
+
+def metric(
+    name: Metric, model: Any, tokenizer: Any, batches: list[Any], good: list[Any], bad: list[Any], first: bool
+) -> tuple[Any, list[str]]:
+    """The metric by its name, and what should be known of it."""
+    import torch
+
+    from analysis import metrics
+    from surgery.activations import run
+
+    def likeliest(batch: Any) -> Any:
+        logits: Any = run(model, batch)[0]
+        here = batch.to(logits.device)
+        return logits[torch.arange(len(here), device=logits.device), here.last]
+
+    remarks = []
+    right, wrong = (answers(rows, tokenizer, first=first) for rows in (good, bad))
+    if right is None or (wrong is None and name == "logit_diff"):
+        own = [likeliest(batch).argmax(-1).cpu() for batch in batches]
+        right, wrong = (own[0] if right is None else right), own[1]
+        remarks.append("Rows without answers: the model's own likeliest tokens are taken.")
+    if name == "kl":
+        return metrics.kl(likeliest(batches[0])), remarks
+    if name == "logit_diff":
+        same = int((right == wrong).sum())
+        if same:
+            remarks.append(f"In {frame.count(same, 'pair')} both answers are the same token.")
+        return metrics.logit_diff(torch.stack([right, wrong], 1)), remarks
+    return getattr(metrics, name)(right), remarks
+
+
+def checked_outputs(out: Path | None, plot: Path | None, force: bool) -> None:
+    if out is not None and not force:
+        taken = [f for f in (out.with_suffix(".json"), out.with_suffix(".safetensors")) if f.exists()]
+        if taken:
+            raise SurgeryError(f"The output {taken[0]} exists already.", hint="Choose another name, or pass --force.")
+    if plot is not None and plot.suffix not in FIGURES:
+        raise SurgeryError(f"--plot writes {', '.join(FIGURES)} files, and '{plot}' is none.")
