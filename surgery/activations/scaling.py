@@ -53,8 +53,10 @@ def scaled(
     if both.tuned in _SCALED:
         raise SurgeryError("This model is scaled already: contexts of `scaled` don't nest.",
                            hint="One factor a layer: alpha=[...].")  # fmt: skip
-    wanted = {l: f for l, f in factors.items() if f != 1}
-    wanted = {l: f for l, f in wanted.items() if l not in equal_layers(base, tuned)} if wanted else {}
+    wanted = {layer: factor for layer, factor in factors.items() if factor != 1}
+    if wanted:
+        equal = equal_layers(base, tuned)
+        wanted = {layer: factor for layer, factor in wanted.items() if layer not in equal}
     with ExitStack() as stack:
         if wanted:
             _SCALED.add(both.tuned)
