@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from surgery.cli import frame, prompts
-from surgery.cli.frame import Force, Threads, command, new_app, option
-from surgery.cli.prompts import Clean, Corrupt, First, MetricName, Number, Seed, Suffix, Task
+from surgery.cli.frame import Force, command, new_app, option
+from surgery.cli.prompts import Clean, Corrupt, First, MetricName, Number, Seed, Suffix, Task, Workers
 from surgery.errors import SurgeryError
 
 app = new_app(help="Find the heads, or the edges between them, that carry a behaviour; test whether they suffice.")
@@ -40,7 +40,7 @@ def find(
         ),
     ] = None,  # fmt: skip
     edges: Annotated[int | None, option("Instead: the best N edges by integrated gradients (EAP-IG).", min=1)] = None,
-    threads: Threads = None,
+    threads: Workers = None,
     out: Annotated[Path | None, option("The circuit as a file.", "--out", "-o", metavar="FILE.json")] = None,
     plot: Plot = None,
     force: Force = False,
@@ -100,7 +100,7 @@ def test(
     metric: MetricName = "logit_diff",
     draws: Annotated[int, option("Random circuits of its size to compare with.", min=1)] = 10,
     complete: Annotated[bool, option("Completeness too: is something missing?", "--complete")] = False,
-    threads: Threads = None,
+    threads: Workers = None,
 ) -> None:
     """Say how much of the behaviour a circuit keeps by itself, beside random circuits of its size.
 
@@ -146,7 +146,8 @@ def _ready(model: str, good: list[Any], bad: list[Any], suffix: str, threads: in
 
     from surgery.models import encode, load, no_bars
 
-    torch.set_num_threads(frame.threads(threads)["threads"])
+    if threads is not None:
+        torch.set_num_threads(threads)
     with no_bars():
         loaded, tokenizer = load(model)
     return loaded, tokenizer, [encode(tokenizer, [row["prompt"] + suffix for row in part]) for part in (good, bad)]

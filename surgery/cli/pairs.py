@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from surgery.cli import frame, prompts
-from surgery.cli.frame import Force, Threads, command, option
+from surgery.cli.frame import Force, command, option
+from surgery.cli.prompts import Workers
 from surgery.errors import SurgeryError
 
 
@@ -47,7 +48,7 @@ def tuco(
     batch_size: BatchSize = 16,
     dtype: Dtype = "auto",
     device: Device = "cpu",
-    threads: Threads = None,
+    threads: Workers = None,
     out: Out = None,
     plot: Annotated[Path | None, option("Draw the cumulative share by layer.", metavar="FILE.png")] = None,
     html: Page = None,
@@ -117,7 +118,7 @@ def diff(
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
     device: Device = "cpu",
-    threads: Threads = None,
+    threads: Workers = None,
     out: Out = None,
     plot: Annotated[Path | None, option("Draw all measures.", metavar="FILE.png")] = None,
     html: Page = None,
@@ -162,7 +163,8 @@ def _pair(base: str, tuned: str, dtype: str, device: str, threads: int | None) -
 
     from surgery.models import Pair, no_bars
 
-    torch.set_num_threads(frame.threads(threads)["threads"])
+    if threads is not None:
+        torch.set_num_threads(threads)
     with no_bars():
         return Pair.load(base, tuned, dtype, device)
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from surgery.cli import frame, prompts
-from surgery.cli.frame import Force, Threads, command, option
-from surgery.cli.prompts import Clean, Corrupt, First, MetricName, Number, Seed, Suffix, Task
+from surgery.cli.frame import Force, command, option
+from surgery.cli.prompts import Clean, Corrupt, First, MetricName, Number, Seed, Suffix, Task, Workers
 
 if TYPE_CHECKING:
     from analysis.results import Result
@@ -50,7 +50,7 @@ def patch(
     budget: Budget = 1024,
     dtype: Dtype = "auto",
     device: Device = "cpu",
-    threads: Threads = None,
+    threads: Workers = None,
     out: Out = None,
     plot: Plot = None,
     force: Force = False,
@@ -75,7 +75,8 @@ def patch(
     from analysis.plots import save
     from surgery.models import encode, load, no_bars
 
-    torch.set_num_threads(frame.threads(threads)["threads"])
+    if threads is not None:
+        torch.set_num_threads(threads)
     with no_bars():
         loaded, tokenizer = load(model, dtype, device)
     batches = [encode(tokenizer, [row["prompt"] + suffix for row in part]) for part in (good, bad)]

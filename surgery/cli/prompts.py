@@ -25,6 +25,7 @@ Number = Annotated[int, option("Pairs.", "--n", min=1, panel=_PROMPTS)]
 Seed = Annotated[int, option("Of a task's examples.", panel=_PROMPTS)]
 Suffix = Annotated[str, option("What both prompts end with, as in '#'.", panel=_PROMPTS)]
 First = Annotated[bool, option("Of answers of several tokens take the first.", "--first-token", panel=_PROMPTS)]
+Workers = Annotated[int | None, option("Threads of torch.", "--threads", min=1, default="torch's own choice")]
 MetricName = Annotated[Metric, option("What is measured of the answer.")]
 
 
