@@ -94,7 +94,7 @@ class _Edited:
         self.patched = patched
         """(readers, writers) bool."""
         stream = self.corrupt[Site("resid_pre", 0)]
-        self.differences = stream.new_zeros(len(stream), len(self.graph.writers), *stream.shape[1:])
+        self.differences = stream.new_zeros(len(stream), len(self.graph.writers), *stream.shape[1:]).float()
         """(batch, writer, pos, d_model) running minus corrupt, as far as the pass has come."""
         self.inputs: dict[Block, tuple[Tensor, Tensor]] = {}
 
@@ -113,18 +113,18 @@ class _Edited:
     # ---- writers
 
     def _wrote_input(self, value: Tensor) -> None:
-        self.differences[:, 0] = value - self.corrupt[Site("resid_pre", 0)]
+        self.differences[:, 0] = value.float() - self.corrupt[Site("resid_pre", 0)].float()
 
     def _wrote_heads(self, layer: int) -> Callable[[Tensor], None]:
         def note(z: Tensor) -> None:
             made = self.wiring.difference(layer, z, self.corrupt[Site("z", layer)])
-            self.differences[:, self.graph.heads(layer)] = made.to(z.dtype)
+            self.differences[:, self.graph.heads(layer)] = made
 
         return note
 
     def _wrote_mlp(self, layer: int) -> Callable[[Tensor], None]:
         def note(value: Tensor) -> None:
-            self.differences[:, self.graph.mlp(layer)] = value - self.corrupt[Site("mlp_out", layer)]
+            self.differences[:, self.graph.mlp(layer)] = value.float() - self.corrupt[Site("mlp_out", layer)].float()
 
         return note
 
@@ -157,8 +157,8 @@ class _Edited:
         """What the readers of a block read, (batch, different ones, pos, d_model), and which of them each reader."""
         rows, which = self.patched[block.readers, : block.seen].unique(dim=0, return_inverse=True)
         differences = self.differences[:, : block.seen]
-        out = torch.matmul(rows.to(stream.dtype), differences.flatten(2)).unflatten(2, stream.shape[1:])
-        return stream[:, None] - out, which
+        out = torch.matmul(rows.float(), differences.flatten(2)).unflatten(2, stream.shape[1:])
+        return (stream[:, None].float() - out).to(stream.dtype), which
 
     def _reads(self, block: Block) -> Callable[[Tensor], None]:
         def note(stream: Tensor) -> None:

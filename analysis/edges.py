@@ -143,7 +143,8 @@ def eap(
     passes = plan(graph, points, "clean" if direction == "noising" else "corrupt")
     size = len(graph.readers) * len(graph.writers) * 4
     keep = per_example if per_example is not None else size * len(good) <= budget / 4
-    each, total = [], np.zeros((len(graph.readers), len(graph.writers)))
+    shape = (len(graph.readers), len(graph.writers))
+    values = np.empty((len(good), *shape), dtype=np.float32) if keep else np.zeros((1, *shape))
     measured: dict[str, list[Tensor]] = {"clean": [], "corrupt": []}
     counts = {"forwards": 0, "backwards": 0}
     step = _examples(wiring, good, budget)
@@ -152,20 +153,21 @@ def eap(
         part = _Part(wiring, good.select(rows), bad.select(rows), metric.select(rows), direction, budget)
         with untouched(model):
             found = part.scores(passes).cpu().numpy()
-        each += [found] if keep else []
-        total += found.sum(0, dtype=np.float64)
+        if keep:
+            values[rows] = found
+        else:
+            values += found.sum(0, dtype=np.float64) / len(good)
         for name in measured:
             measured[name].append(part.run(name).values)
         counts = {name: max(count, part.counts[name]) for name, count in counts.items()}
         if progress is not None:
             progress(min(begin + step, len(good)), len(good))
-    values = np.concatenate(each) if keep else (total / len(good)).astype(np.float32)[None]
     columns = {name: torch.cat(parts).double().cpu().tolist() for name, parts in measured.items()}
     meta = {"kind": "edges", "method": method, "direction": direction, "metric": metric.name, "examples": len(good),
             "model": wiring.anatomy.name, **counts}  # fmt: skip
     if any(one.moved is not None for one in passes):
         meta |= {"steps": steps, "rule": rule}
-    return EdgeScores(values, graph, columns, meta)
+    return EdgeScores(values.astype(np.float32, copy=False), graph, columns, meta)
 
 
 class _Part:
@@ -195,8 +197,9 @@ class _Part:
         for step in passes:
             blocks = [block for block in graph.blocks if step.below or block.seen > step.writers.start]
             done = as_they_are.pop(0) if step.moved is None else self._stepped(step, blocks)
-            for block in blocks:
-                self._add(found, block, step, done)
+            for columns in self._chunks(batch.ids.shape[1]):  # outside: what writers differ by is made once for all
+                for block in blocks:
+                    self._add(found, block, step, done, columns)
         return found
 
     def _pass(
@@ -257,17 +260,15 @@ class _Part:
         for site, gradients in zip(shared, zip(*parts, strict=True), strict=True):
             found.gradients[site] = torch.stack(gradients, 3).flatten(2, 3)
 
-    def _add(self, scores: Tensor, block: Block, step: Step, found: Passed) -> None:
-        """Adds the edges into one block: over positions, (reader, pos * d_model) times (pos * d_model, writer)."""
+    def _add(self, scores: Tensor, block: Block, step: Step, found: Passed, columns: slice) -> None:
+        """Adds the edges into one block at some positions: (reader, pos * d_model) times (pos * d_model, writer)."""
         wiring, first = self.wiring, step.writers.start or 0
         last = min(block.seen, block.seen if step.writers.stop is None else step.writers.stop)
-        stream = found.seen[wiring.stream(block)]
-        for columns in self._chunks(stream.shape[1]):
-            gradients = [found.gradients[site][:, columns] for site in wiring.sites(block)]
-            pulled = wiring.pulled_back(block, gradients, stream[:, columns])
-            differences = self._differences(columns)[:, first:last]
-            product = torch.bmm(pulled.flatten(2), differences.flatten(2).transpose(1, 2))
-            scores[:, block.readers, first:last] += step.weight * product
+        gradients = [found.gradients[site][:, columns] for site in wiring.sites(block)]
+        pulled = wiring.pulled_back(block, gradients, found.seen[wiring.stream(block)][:, columns])
+        differences = self._differences(columns)[:, first:last]
+        product = torch.bmm(pulled.flatten(2), differences.flatten(2).transpose(1, 2))
+        scores[:, block.readers, first:last] += step.weight * product
 
     def _differences(self, columns: slice) -> Tensor:
         """(batch, writer, pos, d_model) what the other run's writers differ by at some positions; the last is kept."""
@@ -300,4 +301,5 @@ def _examples(wiring: Wiring, batch: Batch, budget: int) -> int:
     mlp = 4 * anatomy.d_model if anatomy.family.down is None else anatomy.d_mlp()
     layer = 12 * anatomy.d_model + 5 * heads + 5 * mlp + 2 * anatomy.n_heads * width
     number = next(wiring.model.parameters()).element_size()
-    return max(1, min(len(batch), int(budget / 4 / (anatomy.n_layers * layer * width * number))))
+    scores = 4 * len(wiring.graph.readers) * len(wiring.graph.writers)
+    return max(1, min(len(batch), int(budget / 4 / (anatomy.n_layers * layer * width * number + scores))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -106,7 +107,8 @@ def passed(
         stack.enter_context(edit(model, changes))
         live = stack.enter_context(capture(model, [*wanted, Site("final")], grad=bool(wanted)))
         seen = stack.enter_context(capture(model, sites))
-        short = {} if metric.needs == "all" else {"logits_to_keep": 1}  # of the head only what the metric reads
+        keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        short = {"logits_to_keep": 1} if keeps and metric.needs != "all" else {}  # the metric reads the last norm
         logits = model(**batch.inputs(model), use_cache=False, **short).logits
         if metric.needs == "all":
             values = metric.of_logits(logits, batch.last)
