@@ -266,11 +266,11 @@ def _visiting(
         calls[:] = [found]
         return args, kwargs
 
-    def bound(visit: Callable[[Tensor, Call], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
+    def bound(site: Site, visit: Callable[[Tensor, Call], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
         def with_call(value: Tensor) -> Tensor | None:
-            if not calls:
-                raise SurgeryError("A part of the model was called by itself: call the model.")
-            return visit(value, calls[0])
+            tokens = (value.shape[0], value.shape[2 if site.kind == "pattern" else 1])
+            known = calls and calls[0].positions.shape == tokens
+            return visit(value, calls[0] if known else _Unknown())  # type: ignore[arg-type]
 
         return with_call
 
@@ -281,8 +281,16 @@ def _visiting(
         handles.append(model.register_forward_pre_hook(begin, with_kwargs=True))
         for site, several in visits.items():
             for visit in several:
-                handles += attach(anatomy, site, bound(visit))
+                handles += attach(anatomy, site, bound(site, visit))
         yield
+
+
+class _Unknown:
+    """Stands for the call where a part of the model runs by itself, on other tokens than the model was given."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise SurgeryError("A part of the model was called by itself: which tokens it was given is not known.",
+                           hint="Call the model; of sweeps and the like, take whole passes.")  # fmt: skip
 
 
 def detach(handles: Iterable[Handle]) -> None:

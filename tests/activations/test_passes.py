@@ -323,9 +323,16 @@ def test_an_exception_on_the_way_in():
 
 
 def test_a_part_of_the_model_called_by_itself():
-    model = build("gpt2")
-    with capture(model, "z.1"), pytest.raises(SurgeryError, match="A part of the model was called by itself"):
-        model.transformer.h[1](torch.zeros(1, 3, 32))
+    """Fine as long as nobody asks which tokens it was given."""
+    model, x = build("gpt2"), torch.zeros(1, 3, 32)
+    with edit(model, {"attn_out.1": 1.0}), capture(model, "attn_out.1") as seen:
+        model.transformer.h[1](x)
+    assert (seen["attn_out.1"] == 1).all()
+    for site in ("z.1@-1", "pattern.1.2@0"):
+        with capture(model, site), pytest.raises(SurgeryError, match="A part of the model was called by itself"):
+            model.transformer.h[1](x)
+    with edit(model, {"z.1": 0.0}, when="decode"), pytest.raises(SurgeryError, match="which tokens it was given"):
+        model.transformer.h[1](x)
 
 
 def test_nothing_keeps_values_or_models_alive():
