@@ -58,11 +58,14 @@ class Metric:
         tokens = None if self.tokens is None else self.tokens.to(device)
         return replace(self, tokens=tokens, columns={name: column.to(device) for name, column in self.columns.items()})
 
-    def check(self, batch: int) -> None:
-        """Raises `SurgeryError` when it is made for another number of examples."""
+    def check(self, batch: int, vocabulary: int | None = None) -> None:
+        """Raises `SurgeryError` when it is made for another number of examples, or for tokens that a model has not."""
         columns = [*self.columns.values(), *([] if self.tokens is None else [self.tokens])]
         if wrong := [len(column) for column in columns if len(column) != batch]:
             raise SurgeryError(f"The metric '{self.name}' is made for {wrong[0]} examples, and there are {batch}.")
+        answers = [t for t in (self.tokens, self.columns.get("answer")) if t is not None]
+        if vocabulary is not None and (most := max((int(t.max()) for t in answers), default=0)) >= vocabulary:
+            raise SurgeryError(f"The answer {most} is no token: the model knows 0 to {vocabulary - 1}.")
 
     def of_logits(self, logits: Tensor, last: Tensor) -> Tensor:
         """(batch,) from the logits (batch, pos, vocab) of a whole pass; `last` is each row's last real token."""
@@ -182,9 +185,15 @@ def answer_tokens(
 
 
 def _tokens(answer: Any) -> Tensor:
-    tokens = torch.as_tensor(answer)
+    hint = "answer_tokens(tokenizer, texts) makes them of texts."
+    try:
+        tokens = torch.as_tensor(answer)
+    except (TypeError, ValueError):
+        raise SurgeryError("Answers are token ids, and these are no rows of numbers.", hint=hint) from None
     if tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise SurgeryError(f"Answers are token ids, and these are {tokens.dtype}.")
+        raise SurgeryError(f"Answers are token ids, and these are {tokens.dtype}.", hint=hint)
+    if tokens.numel() and int(tokens.min()) < 0:
+        raise SurgeryError(f"Answers are token ids, and {int(tokens.min())} is none.", hint=hint)
     return tokens.long()
 
 
