@@ -7,6 +7,7 @@ only columns from the first one that any of them touches on are computed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from analysis.metrics import Metric
 from analysis.patching_sweep import Progress
-from analysis.resumed import Change, column_of, measured, through, unchanged
+from analysis.resumed import Change, changed, column_of, measured, through, unchanged
 from surgery.activations.passes import run
 from surgery.activations.recording import Recording, record
-from surgery.activations.resume import grouped
+from surgery.activations.resume import at_last, grouped, last_token
 from surgery.anatomy import Anatomy, Site, anatomy_of
 from surgery.errors import SurgeryError
 from surgery.models import Batch, untouched
@@ -33,15 +34,15 @@ class Write(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What is written, and under inputs the only column (batch, pos) that feels it."""
+    """What is written, and under inputs the only column (batch,) that feels it."""
 
     writes: list[Write]
-    felt: Tensor | None
+    column: Tensor | None
 
     def select(self, rows: slice) -> Group:
         """The same for some of the examples."""
         writes = [Write(site, where[rows]) for site, where in self.writes]
-        return Group(writes, None if self.felt is None else self.felt[rows])
+        return Group(writes, None if self.column is None else self.column[rows])
 
 
 def group_of(anatomy: Anatomy, batch: Batch, sites: Sequence[Site], name: str, place: Any, sources: str) -> Group:
@@ -66,15 +67,16 @@ def group_of(anatomy: Anatomy, batch: Batch, sites: Sequence[Site], name: str, p
         raise SurgeryError(f"Group '{name}' stands at several positions, {sorted(map(str, named))}: inputs are felt at "
                            "one.", hint="Make it several groups.")  # fmt: skip
     at = next(iter(named)) if named != {None} else -1 if place is None else place
-    column = column_of(at, batch, f"group '{name}'")[:, None]
-    places = {"q": columns == column, "k": columns < column, "v": columns < column}
+    column = column_of(at, batch, f"group '{name}'")
+    here, before = columns == column[:, None], columns < column[:, None]
+    places = {"q": here, "k": before, "v": before}
     found: dict[Site, Tensor] = {}
     for site in sites:
         for letter in letters if site.name == "z" else site.name:
             shared = site.head is not None and letter != "q" and site.name == "z"
             head = site.head // anatomy.group if shared and site.head is not None else site.head
             found[Site(letter, site.layer, head)] = places[letter]
-    return Group([Write(*item) for item in found.items()], columns == column)
+    return Group([Write(*item) for item in found.items()], column)
 
 
 # ---- running them --------------------------------------------------------------------------------------------------
@@ -102,9 +104,9 @@ def effects_of(
             recording = record(target, some)
             before.append(unchanged(recording, own))
             effects = []
-            for few in _chunks(groups, max(1, rows // len(some))):
-                patched = _metric_of(recording, own, [group.select(part) for group in few], values)
-                effects.append(patched - before[-1])
+            for few in _chunks([group.select(part) for group in groups], max(1, rows // len(some))):
+                with_them = _outputs if few[0].column is None else _inputs
+                effects.append(with_them(recording, own, few, values) - before[-1])
                 done += len(few) * len(some)
                 if progress is not None:
                     progress(done, len(groups) * len(batch))
@@ -124,51 +126,97 @@ def _of_source(source: Any, batch: Batch, metric: Metric, sites: Sequence[Site])
     return {site: seen[site].to(batch.ids.device) for site in sites}, answered.to(batch.ids.device)
 
 
-def _chunks(groups: Sequence[Group], size: int) -> Iterator[Sequence[Group]]:
-    return (groups[i : i + size] for i in range(0, len(groups), size))
+def _chunks(groups: Sequence[Group], size: int) -> Iterator[list[Group]]:
+    """Up to `size` groups at a time, which are felt in the same column if in one."""
+    few: list[Group] = []
+    for group in groups:
+        same = not few or group.column is None or few[0].column is None or torch.equal(group.column, few[0].column)
+        if len(few) == size or not same:
+            yield few
+            few = []
+        few.append(group)
+    yield few
 
 
-def _metric_of(recording: Recording, metric: Metric, groups: Sequence[Group], values: Mapping[Site, Tensor]) -> Tensor:
+def _outputs(recording: Recording, metric: Metric, groups: Sequence[Group], values: Mapping[Site, Tensor]) -> Tensor:
     """(group, batch) the metric with each group written in; groups join where their first layer is."""
-    reached = torch.stack([write.where.any(0) for group in groups for write in group.writes]).any(0)
-    start = int(reached.int().argmax())
-    if not bool(reached.any()):  # k and v before the first token
-        return unchanged(recording, metric).expand(len(groups), -1)
+    start = _first_column(groups)
+    order, joining = _joining(groups)
+    stream, under_way = recording.stream[0][:0, start:], list[Group]()
+    for layer in range(min(joining), recording.anatomy.n_layers):
+        new = joining.get(layer, [])
+        under_way += new
+        stream = torch.cat([stream, grouped(recording.stream[layer][:, start:], len(new))]) if new else stream
+        changes = _changes(under_way, layer, len(recording.batch), values, {"": slice(start, None)})
+        stream = through(recording, stream, start, [layer], changes)
+    return measured(recording, metric, stream, start)[order]
+
+
+def _inputs(recording: Recording, metric: Metric, groups: Sequence[Group], values: Mapping[Site, Tensor]) -> Tensor:
+    """(group, batch) likewise, of groups whose new q, k and v are felt in one column.
+
+    That column is run by itself, as the last token of prompts that end there: all before it is as recorded. Where it is
+    not the last, the columns behind it are run on what it has become.
+    """
+    column, size = groups[0].column, len(recording.batch)
+    assert column is not None
+    start, layers = int(column.min()), recording.anatomy.n_layers
+    place = torch.arange(recording.batch.ids.shape[1], device=column.device)
+    ended = replace(recording, batch=Batch(recording.batch.ids, recording.batch.mask & (place <= column[:, None])))
+    at_end = torch.equal(column, recording.last)
+    order, joining = _joining(groups)
+    own = [at_last(ended, stream, 0) for stream in recording.stream]
+    alone, behind, under_way = own[0][:0], recording.stream[0][:0, start:], list[Group]()
+    for layer in range(min(joining), layers):
+        new = joining.get(layer, [])
+        under_way += new
+        alone = torch.cat([alone, grouped(own[layer], len(new))])
+        behind = torch.cat([behind, grouped(recording.stream[layer][:, start:], len(new))])
+        here = [w for group in under_way for w in group.writes if w.site.layer == layer and w.site.name in ("k", "v")]
+        first = 0 if here else start
+        stream = _put(grouped(recording.stream[layer][:, first:], len(under_way)), alone, column - first)
+        # Keys and values are made of all columns at once, and the query is made of its column by itself.
+        changes = _changes(under_way, layer, size, values, {"q": column, "": slice(first, None)})
+        with changed(recording, layer, changes):
+            alone = last_token(ended, layer, stream, first)
+        if at_end:
+            behind = grouped(recording.stream[layer + 1][:, start:], len(under_way))
+        else:
+            behind = through(recording, behind, start, [layer], {})
+        behind = _put(behind, alone, column - start)
+    return measured(recording, metric, behind, start)[order]
+
+
+def _put(stream: Tensor, column: Tensor, at: Tensor) -> Tensor:
+    """(rows, pos, d_model) with `column` (rows, d_model) in the place `at` (batch,) of each row."""
+    stream = stream.clone()
+    stream[torch.arange(len(stream), device=stream.device), at.repeat(len(stream) // len(at))] = column
+    return stream
+
+
+def _first_column(groups: Sequence[Group]) -> int:
+    """The first column in which anything is written."""
+    return int(torch.stack([write.where.any(0) for group in groups for write in group.writes]).any(0).int().argmax())
+
+
+def _joining(groups: Sequence[Group]) -> tuple[Tensor, dict[int, list[Group]]]:
+    """Groups by their first layer, and where each stands when they have joined in that order."""
     first = [min(write.site.layer or 0 for write in group.writes) for group in groups]
     order = sorted(range(len(groups)), key=first.__getitem__)
-    confined = groups[0].felt is not None
-    at_end = all(
-        bool((group.felt[:, start:].int().argmax(1) + start == recording.last).all())
-        for group in groups
-        if group.felt is not None
-    )
-    alone = recording.stream[0].new_zeros(0, *recording.stream[0][0, start:].shape)
-    stream, under_way = alone, list[Group]()
-    for layer in range(first[order[0]], recording.anatomy.n_layers):
-        if new := [groups[g] for g in order if first[g] == layer]:
-            begun = grouped(recording.stream[layer][:, start:], len(new))
-            under_way += new
-            stream, alone = torch.cat([stream, begun]), torch.cat([alone, begun]) if confined else alone
-        changes = _changes(under_way, layer, start, len(recording.batch), values)
-        if not confined:
-            stream = through(recording, stream, start, [layer], changes)
-            continue
-        # By itself: the group's column sees its new inputs, and is all that differs from the recorded pass.
-        felt = torch.cat([group.felt[:, start:] for group in under_way if group.felt is not None])[..., None]
-        own = grouped(recording.stream[layer + 1][:, start:], len(under_way))
-        alone = torch.where(felt, through(recording, alone, start, [layer], changes), own)
-        # As the answer sees it: later columns read what that column has become, and none of the new inputs.
-        stream = alone if at_end else torch.where(felt, alone, through(recording, stream, start, [layer], {}))
-    found = measured(recording, metric, stream, start)
-    back = torch.empty(len(order), dtype=torch.long)
-    back[order] = torch.arange(len(order))
-    return found[back.to(found.device)]
+    joining: dict[int, list[Group]] = {}
+    for g in order:
+        joining.setdefault(first[g], []).append(groups[g])
+    return torch.tensor(order).argsort(), joining
 
 
 def _changes(
-    groups: Sequence[Group], layer: int, start: int, size: int, values: Mapping[Site, Tensor]
+    groups: Sequence[Group], layer: int, size: int, values: Mapping[Site, Tensor], columns: Mapping[str, Any]
 ) -> dict[Site, Change]:
-    """The writes of a layer, by site: each changes the rows of its own group."""
+    """The writes of a layer, by site: each changes the rows of its own group.
+
+    `columns` are those that a site's value holds when it is to be changed, a slice or one a row, by its name ("": of
+    all others); values of another width are left as they are.
+    """
     todo: dict[Site, list[tuple[int, Write]]] = {}
     for slot, group in enumerate(groups):
         for write in group.writes:
@@ -176,19 +224,30 @@ def _changes(
                 todo.setdefault(write.site.whole, []).append((slot, write))
 
     def change(site: Site) -> Change:
-        def written(value: Tensor) -> Tensor:
+        held = columns.get(site.name, columns[""])
+        new = _held(values[site], held)
+
+        def written(value: Tensor) -> Tensor | None:
+            if value.shape[1] != new.shape[1]:
+                return None
             value = value.clone()
             for slot, write in todo[site]:
-                part, new = value[slot * size : (slot + 1) * size], values[site][:, start:]
+                part, there, where = value[slot * size : (slot + 1) * size], new, _held(write.where, held)
                 if write.site.head is not None:
-                    part, new = part[:, :, write.site.head], new[:, :, write.site.head]
-                where = write.where[:, start:]
-                part[where] = new[where].to(part.dtype)
+                    part, there = part[:, :, write.site.head], new[:, :, write.site.head]
+                part[where] = there[where].to(part.dtype)
             return value
 
         return written
 
     return {site: change(site) for site in todo}
+
+
+def _held(value: Tensor, columns: slice | Tensor) -> Tensor:
+    """(batch, columns, ...) some columns of (batch, pos, ...)."""
+    if isinstance(columns, slice):
+        return value[:, columns]
+    return value[torch.arange(len(value), device=value.device), columns][:, None]
 
 
 def _sizes(target: Any, batch: Batch, metric: Metric, sites: Sequence[Site], budget: int) -> tuple[int, int]:

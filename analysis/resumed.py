@@ -6,7 +6,8 @@ and what the first of them does reaches the later ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,15 +36,22 @@ def through(
     Differentiable; the sites name a layer, and neither head nor position.
     """
     for layer in layers:
-        handles: list[Handle] = []
-        try:
-            for site, change in changes.items():
-                if site.layer == layer:
-                    handles += attach(recording.anatomy, site, change)
+        with changed(recording, layer, changes):
             stream = block(recording, layer, stream, start)
-        finally:
-            detach(handles)
     return stream
+
+
+@contextmanager
+def changed(recording: Recording, layer: int, changes: Mapping[Site, Change]) -> Iterator[None]:
+    """The changes of one layer are made in whatever runs its block meanwhile."""
+    handles: list[Handle] = []
+    try:
+        for site, change in changes.items():
+            if site.layer == layer:
+                handles += attach(recording.anatomy, site, change)
+        yield
+    finally:
+        detach(handles)
 
 
 def measured(recording: Recording, metric: Metric, stream: Tensor, start: int) -> Tensor:

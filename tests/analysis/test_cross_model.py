@@ -144,7 +144,7 @@ def test_keys_before_the_first_token_change_nothing():
     pair = pair_of()
     ids, _, answers = prompts(3, 6)
     found = cmap(pair, ids, logit_diff(answers), {"A": ["z.1.1"]}, sources="kv", positions=0, random=2)
-    assert (found.values == 0).all()
+    assert abs(found.values).max() < 1e-6
 
 
 def test_other_direction_left_padding_and_single_prompts():
