@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from analysis.gradients import Direction, Passed, Rule, between, one_of, pairs, passed, points_of
+from analysis.edges.gradients import Direction, Passed, Rule, between, one_of, pairs, passed, points_of
 from analysis.metrics import Metric, as_metric
 from analysis.patching_sweep import _tokens, places_of
 from analysis.results import Result

@@ -6,7 +6,7 @@ import torch
 from activations.families import FAMILIES, build, prompts
 
 from analysis.attribution import attribute
-from analysis.gradients import points_of
+from analysis.edges.gradients import points_of
 from analysis.metrics import accuracy, kl, log_prob, logit_diff
 from analysis.patching import patch
 from surgery.activations import capture, run

@@ -10,7 +10,6 @@ import pytest
 import torch
 from activations.families import CONFIGS, FAMILIES, build, prompts
 
-from analysis.circuit_passes import Setting, Variant
 from analysis.circuits import (
     Circuit,
     EdgeCircuit,
@@ -25,7 +24,8 @@ from analysis.circuits import (
     minimality,
     random_circuit,
 )
-from analysis.edge_graph import Graph
+from analysis.circuits.passes import Setting, Variant
+from analysis.edges.graph import Graph
 from analysis.metrics import accuracy, log_prob, logit_diff, prob
 from analysis.paths import path_patch
 from surgery.activations import run

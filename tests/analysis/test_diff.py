@@ -7,7 +7,6 @@ import pytest
 import torch
 from activations.families import FAMILIES, build, prompts, tuned
 
-from analysis import diff_measures
 from analysis.diff import (
     Diff,
     activation_norms,
@@ -20,16 +19,17 @@ from analysis.diff import (
     similarity_by_layer,
     token_kl,
 )
-from analysis.diff_measures import Collector, Scope, stream
-from analysis.lens import logit_lens, read
-from analysis.logit_attribution import (
+from analysis.diff import measures as diff_measures
+from analysis.diff.lens import logit_lens, read
+from analysis.diff.logit_attribution import (
     FrozenNorm,
     attribution_map,
     direct_logit_attribution,
     direct_logit_attribution_difference,
 )
+from analysis.diff.measures import Collector, Scope, stream
+from analysis.diff.per_token import Texts
 from analysis.metrics import logit_diff
-from analysis.per_token import Texts
 from surgery.activations import run
 from surgery.activations.steering import steer
 from surgery.anatomy import anatomy_of

@@ -6,8 +6,8 @@ import torch
 from activations.families import FAMILIES, PARALLEL, build, prompts
 
 from analysis.attribution import attribute
-from analysis.edge_costs import costs
 from analysis.edges import Graph, eap, evaluate_edges
+from analysis.edges.costs import costs
 from analysis.metrics import logit_diff
 from analysis.patching import patch
 from surgery.activations import capture, edit, run

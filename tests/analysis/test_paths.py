@@ -200,7 +200,7 @@ def test_the_cost_is_what_is_computed(more):
     with FlopCounterMode(display=False) as all_of_it:
         found = path_patch(model, CLEAN, CORRUPT, log_prob(ANSWERS[:, 0]), **more)
     told = found.meta["cost"]
-    assert told["forwards"] == pytest.approx(all_of_it.get_total_flops() / one.get_total_flops(), rel=0.15)
+    assert told["forwards"] == pytest.approx(all_of_it.get_total_flops() / one.get_total_flops(), rel=0.2)
     assert told["loop"] == {"logits": 14, "q.2": 18, "v.1": 10}[more.get("receivers", ["logits"])[0]]
 
 

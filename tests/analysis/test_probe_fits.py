@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from analysis import probe_fits
-from analysis.probe_fits import decide, fit, leave_one_out, log_probabilities, standardise
+from analysis.probes import fits as probe_fits
+from analysis.probes.fits import decide, fit, leave_one_out, log_probabilities, standardise
 from surgery.errors import SurgeryError
 
 SHAPES = [(60, 3, 7), (24, 3, 40)]

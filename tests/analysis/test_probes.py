@@ -8,9 +8,9 @@ import pytest
 import torch
 from activations.families import build
 
-from analysis.probe_data import as_labels, control_labels, folds_of
-from analysis.probe_scores import Scores, auc_values, balanced
 from analysis.probes import Probe, features_of, probe, probe_model, probe_transfer
+from analysis.probes.data import as_labels, control_labels, folds_of
+from analysis.probes.scores import Scores, auc_values, balanced
 from surgery.errors import SurgeryError
 from surgery.models import Pair
 

@@ -11,8 +11,8 @@ from typing import Any, Unpack
 import numpy as np
 from torch import Tensor
 
-from analysis.circuit_groups import Circuit, Head, Spot
-from analysis.circuit_passes import Setting, Settings, Variant
+from analysis.circuits.groups import Circuit, Head, Spot
+from analysis.circuits.passes import Setting, Settings, Variant
 from analysis.metrics import Metric
 from analysis.results import Result
 from surgery.errors import SurgeryError

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from analysis.edges import Graph, eap, evaluate_edges
-from analysis.gradients import pairs, passed
+from analysis.edges.attribution_patching import Graph, eap, evaluate_edges
+from analysis.edges.gradients import pairs, passed
 from analysis.metrics import Metric, as_metric
 from surgery.activations.interventions import unwrapped
 

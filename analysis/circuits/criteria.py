@@ -14,11 +14,11 @@
 
 Wang et al. 2022 (arXiv:2211.00593) for the criteria; Prakash et al. 2024 (arXiv:2402.14811) for their form here: a head
 counts at its group's position (per example, if need be) and is ablated at all others. F is the mean of any metric over
-the prompts. What heads are replaced by is in `analysis.circuit_ablation`: `ablation="mean"` per position over
+the prompts. What heads are replaced by is in `analysis.circuits.ablation`: `ablation="mean"` per position over
 `reference` prompts (the prompts themselves by default), "resample", "counterfactual" or "zero".
 
 Many circuits are measured for the price of few: what agrees with a recorded run is not computed again
-(`analysis.circuit_passes`). Exact, within rounding, against one whole forward a circuit.
+(`analysis.circuits.passes`). Exact, within rounding, against one whole forward a circuit.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.circuit_discovery import Discovery, Step, discover, entity_tracking
-from analysis.circuit_edges import EdgeCircuit
-from analysis.circuit_groups import Circuit, Group, Head, Recall
-from analysis.circuit_minimality import Minimality, minimality
-from analysis.circuit_passes import Setting, Settings, Variant
+from analysis.circuits.discovery import Discovery, Step, discover, entity_tracking
+from analysis.circuits.edges import EdgeCircuit
+from analysis.circuits.groups import Circuit, Group, Head, Recall
+from analysis.circuits.minimality import Minimality, minimality
+from analysis.circuits.passes import Setting, Settings, Variant
 from analysis.metrics import Metric
 from analysis.results import Result
 from surgery.errors import SurgeryError

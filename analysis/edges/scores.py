@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from analysis import result_files
-from analysis.edge_graph import Edge, Graph
+from analysis.edges.graph import Edge, Graph
 from analysis.results import Result
 from surgery.errors import SurgeryError
 from surgery.registry import Registry

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.circuit_groups import EVERYWHERE, Circuit, Group, Head, Recall
-from analysis.edge_graph import Graph
+from analysis.circuits.groups import EVERYWHERE, Circuit, Group, Head, Recall
+from analysis.edges.graph import Graph
 from analysis.result_files import _write
 from surgery.anatomy import Site
 from surgery.errors import SurgeryError

@@ -30,10 +30,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from analysis.branches import Cost, measured, sizes, unchanged
 from analysis.metrics import Metric, as_metric
-from analysis.path_ends import Places, places_of, receivers_of, senders_of
-from analysis.path_passes import Frozen, Sender, readings, received, to_logits
+from analysis.paths.branches import Cost, measured, sizes, unchanged
+from analysis.paths.ends import Places, places_of, receivers_of, senders_of
+from analysis.paths.passes import Frozen, Sender, readings, received, to_logits
 from analysis.positions import Position
 from analysis.results import Result
 from surgery.activations.interventions import unwrapped

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.edge_graph import Block, Edge
-from analysis.edge_wiring import Wiring
-from analysis.gradients import Passed, pairs, passed
+from analysis.edges.gradients import Passed, pairs, passed
+from analysis.edges.graph import Block, Edge
+from analysis.edges.wiring import Wiring
 from analysis.metrics import Metric, as_metric
 from analysis.patching_sweep import BUDGET, Progress
 from analysis.results import Result

@@ -10,13 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.per_token import PerToken
+from analysis.diff.per_token import PerToken
 from analysis.results import Result
 from analysis.style import COLOURS, HATCHES, INK, MARKERS, bare, blank, tick
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from analysis.difference_lens import DifferencePCA
+    from analysis.diff.mean_difference import DifferencePCA
 
 
 def panels(found: Mapping[str, PerToken | Result], title: str = "") -> Figure:

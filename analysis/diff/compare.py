@@ -1,27 +1,4 @@
-"""What did fine-tuning change? A base and its fine-tuning read the same texts, once, and are compared.
-
-    found = diff(pair, texts)                      # KL, agreement, norms, cosine, CKA, Procrustes in one pass
-    found.summary(), found.plot(), found.save("what-changed")
-    token_kl(pair, texts).html()                   # the texts, coloured by how differently the next token is predicted
-    activation_norms(pair, texts).difference.top(20, layer=5)
-
-| call                                  | compares                                                | gives             |
-|---------------------------------------|---------------------------------------------------------|-------------------|
-| `token_kl`                            | next-token distributions, KL(tuned || base)             | by token          |
-| `agreement`                           | most likely next tokens                                 | 0 or 1 by token   |
-| `activation_norms`                    | activations: L2 of the difference, absolute, relative   | by token, layer   |
-| `similarity_by_layer`                 | activations: cosine, CKA, Procrustes                    | by layer          |
-| `difference_lens`                     | activations: what is added whatever the text            | tokens, a vector  |
-| `difference_pca`                      | activations: the directions of the difference           | directions        |
-| `pattern_divergence`                  | attention patterns, Jensen-Shannon                      | by layer, head    |
-| `direct_logit_attribution_difference` | what heads and MLPs write into an answer                | by component      |
-| `diff_mining`                         | logits: the tokens most often raised, and lowered       | by token          |
-
-Weights between and beyond the two models, W_b + a (W_t - W_b), are made by `surgery.weights` (`TaskVector`); a pair of
-the base and such a model is compared like any other.
-Methods and defaults after the diffing-toolkit (Minder et al. 2025, arXiv:2510.13900); all of a token is measured "tuned
-given base": KL(tuned || base), x_tuned - x_base.
-"""
+"""One pass in which a base and its fine-tuning read the same texts: `diff`, and its measures by themselves."""
 
 from __future__ import annotations
 
@@ -33,15 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from analysis.diff_measures import MEASURES as MEASURES
-from analysis.diff_measures import measured
-from analysis.diff_mining import diff_mining as diff_mining
-from analysis.diff_patterns import pattern_divergence as pattern_divergence
-from analysis.difference_lens import difference_lens as difference_lens
-from analysis.difference_lens import difference_pca as difference_pca
-from analysis.lens import logit_lens as logit_lens
-from analysis.logit_attribution import direct_logit_attribution_difference as direct_logit_attribution_difference
-from analysis.per_token import PerToken, Texts
+from analysis.diff.measures import measured
+from analysis.diff.per_token import PerToken, Texts
 from analysis.prompts import Progress
 from analysis.results import Result
 from surgery.errors import SurgeryError
@@ -114,7 +84,7 @@ class Diff:
 
     def plot(self, title: str = "") -> Figure:
         """One panel a measure: of the distribution over tokens, or by layer."""
-        from analysis.diff_figures import panels
+        from analysis.diff.figures import panels
 
         size = f"{len(self.texts)} text{'s' * (len(self.texts) > 1)}, {self.texts.total} tokens"
         return panels(self.found, title or f"tuned against base at {self.site}: {size}")

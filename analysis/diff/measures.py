@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.per_token import PerToken, Texts
+from analysis.diff.per_token import PerToken, Texts
 from analysis.prompts import Progress, by_length
 from analysis.results import Result
 from analysis.similarity import BLOCK, cka, cosine, kl, procrustes

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis import plots
-from analysis.probe_data import as_features, as_labels, listed
-from analysis.probe_fits import decide, log_probabilities
-from analysis.probe_scores import Scores
+from analysis.probes.data import as_features, as_labels, listed
+from analysis.probes.fits import decide, log_probabilities
+from analysis.probes.scores import Scores
 from analysis.result_files import _files, _plain, _write
 from analysis.results import Result
 from surgery.errors import SurgeryError

@@ -13,11 +13,11 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from analysis.branches import Change, Cost, Part, grown, measured, sizes, unchanged
-from analysis.circuit_ablation import Ablation, Align, Replaced, reference_of, replacement
-from analysis.circuit_groups import EVERYWHERE, Circuit, Spot
+from analysis.circuits.ablation import Ablation, Align, Replaced, reference_of, replacement
+from analysis.circuits.groups import EVERYWHERE, Circuit, Spot
 from analysis.metrics import Metric, as_metric
 from analysis.patching_sweep import BUDGET
+from analysis.paths.branches import Change, Cost, Part, grown, measured, sizes, unchanged
 from analysis.positions import Position, columns_of, found
 from surgery.activations.interventions import edit, unwrapped
 from surgery.activations.recording import Recording, record

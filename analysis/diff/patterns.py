@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from analysis.per_token import Texts
+from analysis.diff.per_token import Texts
 from analysis.prompts import Progress
 from analysis.results import Result
 from analysis.similarity import attention_js

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from analysis.diff_measures import Collector, Scope, stream
-from analysis.lens import word
-from analysis.per_token import Texts
+from analysis.diff.lens import word
+from analysis.diff.measures import Collector, Scope, stream
+from analysis.diff.per_token import Texts
 from analysis.prompts import Progress
 from surgery.errors import SurgeryError
 from surgery.models import Pair
@@ -65,7 +65,7 @@ class Mined:
 
     def plot(self, n: int = 15, title: str = "") -> Figure:
         """The most frequent tokens of both kinds, as bars."""
-        from analysis.diff_figures import ranked
+        from analysis.diff.figures import ranked
 
         sides = {"raised": self.top(n), "lowered": self.top(n, lowered=True)}
         bars = {f"{side} most": [(text, share) for text, _, share in top] for side, top in sides.items()}

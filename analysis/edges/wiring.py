@@ -13,10 +13,10 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from analysis.edge_graph import Block, Graph
-from analysis.gradients import Passed, passed
+from analysis.edges.gradients import Passed, passed
+from analysis.edges.graph import Block, Graph
+from analysis.edges.norms import pulled, statistics
 from analysis.metrics import Metric
-from analysis.norms import pulled, statistics
 from surgery.anatomy import Site, anatomy_of
 from surgery.anatomy.points import projection
 from surgery.errors import SurgeryError

@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from analysis.circuit_groups import EVERYWHERE, Circuit, Group, Head
+from analysis.circuits.groups import EVERYWHERE, Circuit, Group, Head
 from analysis.metrics import Metric
-from analysis.paths import BUDGET, Progress, path_patch
+from analysis.paths.path_patching import BUDGET, Progress, path_patch
 from analysis.positions import Position, found
 from analysis.results import Result
 from surgery.activations.interventions import unwrapped

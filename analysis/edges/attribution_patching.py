@@ -35,11 +35,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.edge_graph import Block, Edge, Graph
-from analysis.edge_passes import evaluate_edges
-from analysis.edge_scores import EdgeScores
-from analysis.edge_wiring import Wiring
-from analysis.gradients import Direction, Passed, Rule, between, one_of, pairs, passed, points_of
+from analysis.edges.gradients import Direction, Passed, Rule, between, one_of, pairs, passed, points_of
+from analysis.edges.graph import Block, Edge, Graph
+from analysis.edges.passes import evaluate_edges
+from analysis.edges.scores import EdgeScores
+from analysis.edges.wiring import Wiring
 from analysis.metrics import Metric, as_metric
 from analysis.patching_sweep import BUDGET, Progress
 from surgery.activations.interventions import unwrapped

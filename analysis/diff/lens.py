@@ -69,7 +69,7 @@ class LogitLens:
 
     def plot(self, example: int = 0, last: int = 32, title: str = "") -> Figure:
         """The likeliest token by layer and position (the `last` of those read), dark where it is sure."""
-        from analysis.diff_figures import token_map
+        from analysis.diff.figures import token_map
 
         row = self.rows[example]
         read_at = row if self.position == "all" else [row[self.position]]

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.diff_measures import Clouds, Scope, sampled, stream, stream_layers
-from analysis.lens import read, word
-from analysis.per_token import Hit, Texts
+from analysis.diff.lens import read, word
+from analysis.diff.measures import Clouds, Scope, sampled, stream, stream_layers
+from analysis.diff.per_token import Hit, Texts
 from analysis.prompts import Progress, by_length
 from analysis.similarity import Principal, principal
 from surgery.activations import run
@@ -77,7 +77,7 @@ class DifferenceLens:
 
     def plot(self, k: int = 6, title: str = "") -> Figure:
         """The tokens promoted, by position, read with either model's head."""
-        from analysis.diff_figures import token_map
+        from analysis.diff.figures import token_map
 
         panels = {}
         for name in self.logits:
@@ -169,7 +169,7 @@ class DifferencePCA:
 
     def plot(self, title: str = "") -> Figure:
         """Tokens along the first two components, marked by the first token of a text; shares of variance."""
-        from analysis.diff_figures import components
+        from analysis.diff.figures import components
 
         return components(self, title)
 

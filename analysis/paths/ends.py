@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from analysis.path_passes import Sender
+from analysis.paths.passes import Sender
 from analysis.positions import Position, columns_of
 from surgery.anatomy import Anatomy, Site
 from surgery.errors import SurgeryError

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from analysis.branches import Change, Cost, Part, grown, weights_of
+from analysis.paths.branches import Change, Cost, Part, grown, weights_of
 from surgery.activations.recording import _CACHE, Recording
 from surgery.activations.resume import _replaced, _returning, written_by_heads
 from surgery.anatomy import Site

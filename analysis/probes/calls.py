@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.probe_data import (
+from analysis.probes.data import (
     Folds,
     Labels,
     as_features,
@@ -39,10 +39,10 @@ from analysis.probe_data import (
     listed,
     seen_types,
 )
-from analysis.probe_fits import Fit, decide, fit
-from analysis.probe_result import Probe as Probe
-from analysis.probe_result import by_layer
-from analysis.probe_scores import Scores
+from analysis.probes.fits import Fit, decide, fit
+from analysis.probes.result import Probe as Probe
+from analysis.probes.result import by_layer
+from analysis.probes.scores import Scores
 from analysis.results import Result
 from surgery.activations import run
 from surgery.activations.interventions import unwrapped
