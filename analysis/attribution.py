@@ -27,7 +27,7 @@ from torch import Tensor
 
 from analysis.edges.gradients import Direction, Passed, Rule, between, one_of, pairs, passed, points_of
 from analysis.metrics import Metric, as_metric
-from analysis.patching_sweep import _tokens, places_of
+from analysis.patching.run import _tokens, places_of
 from analysis.results import Result
 from surgery.activations.interventions import unwrapped
 from surgery.anatomy import Anatomy, Site, anatomy_of

@@ -16,7 +16,7 @@ from torch import Tensor
 from analysis.circuits.ablation import Ablation, Align, Replaced, reference_of, replacement
 from analysis.circuits.groups import EVERYWHERE, Circuit, Spot
 from analysis.metrics import Metric, as_metric
-from analysis.patching_sweep import BUDGET
+from analysis.patching.run import BUDGET
 from analysis.paths.branches import Change, Cost, Part, grown, measured, sizes, unchanged
 from analysis.positions import Position, columns_of, found
 from surgery.activations.interventions import edit, unwrapped

@@ -41,7 +41,7 @@ from analysis.edges.passes import evaluate_edges
 from analysis.edges.scores import EdgeScores
 from analysis.edges.wiring import Wiring
 from analysis.metrics import Metric, as_metric
-from analysis.patching_sweep import BUDGET, Progress
+from analysis.patching.run import BUDGET, Progress
 from surgery.activations.interventions import unwrapped
 from surgery.anatomy import Site
 from surgery.models import Batch, untouched

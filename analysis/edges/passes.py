@@ -18,7 +18,7 @@ from analysis.edges.gradients import Passed, pairs, passed
 from analysis.edges.graph import Block, Edge
 from analysis.edges.wiring import Wiring
 from analysis.metrics import Metric, as_metric
-from analysis.patching_sweep import BUDGET, Progress
+from analysis.patching.run import BUDGET, Progress
 from analysis.results import Result
 from surgery.activations.interventions import unwrapped
 from surgery.anatomy import Site

@@ -1,7 +1,7 @@
 """Branches of a recorded pass: changes in several layers at once, each branch computed from its first change on.
 
-`analysis.cells` changes one place a cell; a branch changes many (what a receiver reads, the heads outside a circuit),
-and what the lower ones do reaches the upper ones. Branches join the pass at their layer and run on together.
+`analysis.patching.cells` changes one place a cell; a branch changes many (what a receiver reads, the heads outside a
+circuit), and what the lower ones do reaches the upper ones. Branches join the pass at their layer and run on together.
 """
 
 from __future__ import annotations

@@ -125,8 +125,9 @@ def _all(shape: tuple[int, int]) -> Cells:
 
 
 def _bridge_sweep(
-    bridge: Any, clean: Tensor, corrupt: Tensor, answers: Tensor, name: str, columns: int, cells: Cells | None
-) -> Tensor:
+    bridge: Any, clean: Tensor, corrupt: Tensor, answers: Tensor, name: str, columns: int, cells: Cells | None,
+    gradients: bool,
+) -> Tensor:  # fmt: skip
     import pandas as pd
     from transformer_lens import patching
     from transformer_lens.utilities import get_act_name
@@ -134,7 +135,7 @@ def _bridge_sweep(
     shape = (bridge.cfg.n_layers, columns)
     wanted = {get_act_name(name, layer) for layer in range(shape[0])}
     metric = partial(logit_difference, answers=answers)
-    with torch.no_grad(), _no_bars(patching):
+    with torch.set_grad_enabled(gradients), _no_bars(patching):
         _, cache = bridge.run_with_cache(clean, names_filter=lambda hook: hook in wanted)
         if cells is None:
             sweep = {
@@ -164,19 +165,23 @@ def _no_bars(patching: Any) -> Iterator[None]:
 
 
 def bridge_resid_sweep(
-    bridge: Any, clean: Tensor, corrupt: Tensor, answers: Tensor, cells: Cells | None = None
+    bridge: Any, clean: Tensor, corrupt: Tensor, answers: Tensor, cells: Cells | None = None, gradients: bool = False
 ) -> Tensor:
-    """resid_pre by `get_act_patch_resid_pre` on a TransformerLens bridge (raw weights): (layer, position)."""
-    return _bridge_sweep(bridge, clean, corrupt, answers, "resid_pre", corrupt.shape[1], cells)
+    """resid_pre by `get_act_patch_resid_pre` on a TransformerLens bridge (raw weights): (layer, position).
+
+    With `gradients` torch records for autograd, as it does unless told otherwise, if the bridge's parameters want it.
+    """
+    return _bridge_sweep(bridge, clean, corrupt, answers, "resid_pre", corrupt.shape[1], cells, gradients)
 
 
 def bridge_head_sweep(
-    bridge: Any, clean: Tensor, corrupt: Tensor, answers: Tensor, component: str = "z", cells: Cells | None = None
-) -> Tensor:
+    bridge: Any, clean: Tensor, corrupt: Tensor, answers: Tensor, component: str = "z", cells: Cells | None = None,
+    gradients: bool = False,
+) -> Tensor:  # fmt: skip
     """Heads by `get_act_patch_attn_head_out_all_pos` (`_q_`, `_k_`, `_v_`) on a bridge; columns are its own heads."""
     kv_heads = bridge.cfg.n_key_value_heads or bridge.cfg.n_heads
     columns = kv_heads if component in "kv" else bridge.cfg.n_heads
-    return _bridge_sweep(bridge, clean, corrupt, answers, component, columns, cells)
+    return _bridge_sweep(bridge, clean, corrupt, answers, component, columns, cells, gradients)
 
 
 # ---- nnsight

@@ -5,7 +5,7 @@ import pytest
 import torch
 from activations.families import build, prompts
 
-import analysis.cells
+import analysis.patching.cells
 from analysis.metrics import logit_diff
 from analysis.patching import patch
 
@@ -23,9 +23,9 @@ def test_columns_run_together_are_the_same_cells(name, site, monkeypatch):
     model = build(name)
     alone, calls = {}, []
     measured = analysis.cells._measured
-    monkeypatch.setattr(analysis.cells, "_measured", lambda *given: calls.append(0) or measured(*given))
+    monkeypatch.setattr(analysis.patching.cells, "_measured", lambda *given: calls.append(0) or measured(*given))
     for cost in (0, analysis.cells.CALL):
-        monkeypatch.setattr(analysis.cells, "CALL", cost)
+        monkeypatch.setattr(analysis.patching.cells, "CALL", cost)
         calls.clear()
         alone[cost] = effects(model, site, by="position"), len(calls)
     (one, many), (other, few) = alone.values()
@@ -47,7 +47,7 @@ def test_layers_and_positions_come_in_the_order_asked_for(site):
 def test_cells_that_write_what_is_there_are_exactly_zero_and_cost_nothing(monkeypatch):
     model, rows = build("gpt2"), []
     finish = analysis.cells.finish
-    monkeypatch.setattr(analysis.cells, "finish", lambda *a, **k: rows.append(finish(*a, **k)) or rows[-1])
+    monkeypatch.setattr(analysis.patching.cells, "finish", lambda *a, **k: rows.append(finish(*a, **k)) or rows[-1])
     found = effects(model, "resid_pre")
     same = (CLEAN == CORRUPT).all(0)
     first = int((~same).int().argmax())

@@ -9,7 +9,7 @@ import torch
 from activations.families import FAMILIES, build, prompts
 
 from analysis.component_masks import Desideratum, Mask, learn_mask
-from analysis.mask_gates import GATES
+from analysis.component_masks.gates import GATES
 from surgery.activations import edit, run
 from surgery.anatomy import anatomy_of
 from surgery.errors import SurgeryError

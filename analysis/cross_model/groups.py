@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from analysis.metrics import Metric
-from analysis.patching_sweep import Progress
-from analysis.resumed import Change, changed, column_of, measured, through, unchanged
+from analysis.patching.resumed import Change, changed, column_of, measured, through, unchanged
+from analysis.patching.run import Progress
 from surgery.activations.passes import run
 from surgery.activations.recording import Recording, record
 from surgery.activations.resume import at_last, grouped, last_token

@@ -1,7 +1,7 @@
 """A recorded pass taken up again with several values changed on the way, in any layers, together.
 
-`analysis.cells` runs changes of one place each; here one change is a whole group of places (a circuit's heads, a mask),
-and what the first of them does reaches the later ones.
+`analysis.patching.cells` runs changes of one place each; here one change is a whole group of places (a circuit's heads,
+a mask), and what the first of them does reaches the later ones.
 """
 
 from __future__ import annotations

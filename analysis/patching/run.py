@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.cells import KEPT, Cells, Column, Replacement, sweep
 from analysis.metrics import Metric
+from analysis.patching.cells import KEPT, Cells, Column, Replacement, sweep
 from analysis.results import Result
 from surgery.activations.interventions import Captured, eager
 from surgery.activations.passes import run

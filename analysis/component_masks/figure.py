@@ -12,7 +12,7 @@ from analysis.maps import heat_map
 from analysis.plots import bars
 
 if TYPE_CHECKING:
-    from analysis.mask_parts import Part
+    from analysis.component_masks.parts import Part
 
 WIDEST = 80
 """Columns up to which a map shows every component."""

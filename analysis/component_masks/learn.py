@@ -1,20 +1,4 @@
-"""Which components carry a kind of information? Desiderata-based component masking (DCM).
-
-    swapped = Desideratum("object", prompts, counterfactuals, target)
-    mask = learn_mask(model, swapped, components="z", tokenizer=tokenizer)     # heads at the last token
-    mask.components                                                            # ["z.9.2@-1", ...]: where w rounds to 0
-    mask.evaluate(held_out).mean                                               # accuracy with all of them patched
-
-A mask w in [0, 1] is learned for frozen components c: 1 keeps the value, 0 takes the counterfactual prompt's,
-
-    value_c <- w_c * value_c + (1 - w_c) * value_c(counterfactual)
-    loss = - mean over examples of logit[target] + lambda * sum over components of (1 - w_c)
-
-summed over desiderata where there are several (Davies et al. 2023, arXiv:2307.03637; as done by Prakash et al., ICLR
-2024, arXiv:2402.14811). `value_c` is that of the run under way: what lower components have changed is in it. A
-component is selected when w rounds to 0, and torch rounds 0.5 to 0: a tie is selected. That none is selected is a
-result too: the target does not depend on them, or it comes out anyhow.
-"""
+"""Learning a mask: `learn_mask`, and the `Mask` that comes out."""
 
 from __future__ import annotations
 
@@ -29,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.mask_gates import GATES
-from analysis.mask_parts import Desideratum as Desideratum
-from analysis.mask_parts import Part, Place, Sample, directions_of, lowest_of, pairs_of, parts_of, samples_of
+from analysis.component_masks.gates import GATES
+from analysis.component_masks.parts import Desideratum as Desideratum
+from analysis.component_masks.parts import Part, Place, Sample, directions_of, lowest_of, pairs_of, parts_of, samples_of
 from analysis.metrics import answer_logit
 from analysis.results import Result
 from surgery.activations.interventions import unwrapped
@@ -139,7 +123,7 @@ class Mask:
 
     def plot(self, title: str | None = None) -> Figure:
         """How far each component is patched (1 - w): by layer and head, or how many are selected if they are many."""
-        from analysis.mask_figure import mask as draw
+        from analysis.component_masks.figure import mask as draw
 
         return draw(self.parts, self.values, title)
 
@@ -173,8 +157,7 @@ def learn_mask(
     `components` are sites: "z" (heads), "mlp_post" (neurons), "resid_pre", "attn_out", "mlp_out" (one a layer), parts
     of them ("z.3", "z.3.2@-1"). Those that name no position stand at `position`: a number, an anchor of the desiderata,
     or None, all positions. With `directions=k` the components of each site are the first k singular directions of its
-    value differences on training examples. `gate` is one of `analysis.mask_gates`; `l1` is lambda, `path` several of
-    them, each learned from the start. Examples are divided by `split` into training, validation and test, shuffled by
+    value differences on training examples. `gate` is one of `GATES`; `l1` is lambda, `path` several of them, each learned from the start. Examples are divided by `split` into training, validation and test, shuffled by
     `seed`; with `validation` given, all `desiderata` are for training and none is held out for a test.
     Every `check` steps, and at the end, the rounded mask is tried on the validation examples: of all masks the most
     accurate is chosen, the one with more components of those that are equal, the first of those.

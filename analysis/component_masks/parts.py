@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from analysis.metrics import accuracy
-from analysis.resumed import column_of, components, through
+from analysis.patching.resumed import column_of, components, through
 from surgery.activations.passes import run
 from surgery.activations.recording import Recording, record
 from surgery.activations.resume import at_last

@@ -1,23 +1,4 @@
-"""Patching across the models of a pair (CMAP): the same prompt in both, activations of one written into the other.
-
-    groups = {"value fetcher": ["z.9.2", "z.10.0"], "position detector": ["z.6.1"]}
-    found = cmap(pair, prompts, logit_diff(answers), groups, positions={"value fetcher": -1, "position detector": -3})
-    found.normalized()                              # recovery by group, beside random groups of the same size
-    cmap(pair, prompts, metric, "z")                # by head
-    transplant(pair, prompts, metric, "resid_pre")  # by layer and position: from where on does the stream suffice?
-
-Prakash et al., ICLR 2024 (arXiv:2402.14811). Values are effects, the target's metric with the change minus without;
-`normalized()` is recovery = (patched - target) / (source - target), the ratio of batch means: 0 nothing, 1 all.
-
-| sources | what is written |
-|---|---|
-| "outputs" | the components (z, attn_out, mlp_out, resid_pre, ...) at the group's position, at all if none is named |
-| "inputs" | q at the group's position, k and v before it; only some of them with "q", "kv", ... |
-
-With inputs, every other position is kept as in the target's own run (z of all its heads frozen), so that nothing but
-the group's position sees the new q, k and v; what it then writes, later tokens read as usual. Inputs are what the
-projections give: norms and rotations behind them are the target's.
-"""
+"""Patching across the models of a pair: `cmap` by groups, `transplant` by cells."""
 
 from __future__ import annotations
 
@@ -28,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from analysis.cross_groups import effects_of, group_of
+from analysis.cross_model.groups import effects_of, group_of
 from analysis.metrics import Metric, as_metric
-from analysis.patching_sweep import BUDGET, Place, Progress, Run, Source, everywhere, places_of
+from analysis.patching.resumed import column_of, components
+from analysis.patching.run import BUDGET, Place, Progress, Run, Source, everywhere, places_of
 from analysis.results import Result
-from analysis.resumed import column_of, components
 from surgery.activations.interventions import unwrapped
 from surgery.activations.passes import run
 from surgery.anatomy import Anatomy, Site, anatomy_of
