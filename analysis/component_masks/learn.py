@@ -157,8 +157,9 @@ def learn_mask(
     `components` are sites: "z" (heads), "mlp_post" (neurons), "resid_pre", "attn_out", "mlp_out" (one a layer), parts
     of them ("z.3", "z.3.2@-1"). Those that name no position stand at `position`: a number, an anchor of the desiderata,
     or None, all positions. With `directions=k` the components of each site are the first k singular directions of its
-    value differences on training examples. `gate` is one of `GATES`; `l1` is lambda, `path` several of them, each learned from the start. Examples are divided by `split` into training, validation and test, shuffled by
-    `seed`; with `validation` given, all `desiderata` are for training and none is held out for a test.
+    value differences on training examples. `gate` is one of `GATES`; `l1` is lambda, `path` several of them, each
+    learned from the start. Examples are divided by `split` into training, validation and test, shuffled by `seed`; with
+    `validation` given, all `desiderata` are for training and none is held out for a test.
     Every `check` steps, and at the end, the rounded mask is tried on the validation examples: of all masks the most
     accurate is chosen, the one with more components of those that are equal, the first of those.
 

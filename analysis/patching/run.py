@@ -207,6 +207,8 @@ class Run:
         if self.metric.needs == "all":
             kept, row = kept + anatomy.head.weight.shape[0], row + 2 * anatomy.head.weight.shape[0]
         size = max(1, min(len(self.base), int(self.budget / 2 / (kept * width * number))))
+        if self.metric.tokens is None and not self.metric.columns:
+            size = len(self.base)  # a plain function may know the examples by their rows: they stay together
         return size, max(1, int((self.budget - size * kept * width * number) / (row * width * number)))
 
     def result(
