@@ -24,6 +24,7 @@ and `place` the group that does best differs (the paper: value fetchers carry va
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -220,6 +221,23 @@ def markdown(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def published() -> str:
+    """What the paper found in models of 7 B parameters, for the same questions."""
+    told_ = json.loads((Path(__file__).parent / "published" / "entity_tracking.json").read_text(encoding="utf-8"))
+    lines = ["| published, 7 B | model | circuit | random | faithfulness |", "|---|---|---|---|---|"]
+    for name in ("Llama", "Vicuna", "Goat", "FLoat"):
+        row = told_["faithfulness"][name]
+        lines.append(f"| {name} | {row['full']} | {row['circuit']} | {row['random']} | {row['faithfulness']} |")
+    for name in ("Goat", "FLoat"):
+        base, tuned = told_["cmap"]["base"], told_["cmap"]["tuned"]
+        recovery = {k: round((v - base) / (tuned - base), 2) for k, v in told_["cmap"][name].items()}
+        lines.append(
+            f"| CMAP from {name} into Llama: recovery | " + " | ".join(f"{k} {v}" for k, v in recovery.items())
+        )
+        lines[-1] = lines[-1].replace(" | D", ", D") + " |"
+    return "\n".join(lines)
+
+
 def picture(summary: Mapping[str, Any]) -> Figure:
     """Faithfulness and recovery beside random heads."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
@@ -266,6 +284,7 @@ def main() -> None:
     if options.fast:
         check(report)
     print(markdown(rounded(summary)))
+    print(published())
     print({name: "held" if value else "did not hold" for name, value in summary["held"].items()})
     print(f"written: {path}")
 
