@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from analysis.edges.gradients import Direction, Passed, Rule, between, one_of, pairs, passed, points_of
+from analysis.edges.gradients import Direction, Passed, Rule, at_a_time, between, one_of, pairs, passed, points_of
 from analysis.metrics import Metric, as_metric
 from analysis.patching.run import _tokens, places_of
 from analysis.results import Result
@@ -62,6 +62,8 @@ def attribute(
     k and v, neurons for mlp_pre and mlp_post; of patterns and scores the position is that of the query. Sites are
     names, with or without a layer. Without `steps` gradients are those at the patched run, else means along `path`.
 
+    `batch_size` examples run together; with a plain function as metric, all.
+
     Raises `SurgeryError` for unequal lengths, a site that does not exist or names single heads or positions, and a
     metric without gradient.
     """
@@ -78,8 +80,9 @@ def attribute(
     points = [] if steps is None else points_of(rule, steps)
     scores: dict[Site, list[Tensor]] = {site: [] for site in wanted}
     measured: list[tuple[Tensor, Tensor]] = []
-    for begin in range(0, len(good), batch_size):
-        rows = slice(begin, begin + batch_size)
+    size = at_a_time(metric, batch_size, len(good))
+    for begin in range(0, len(good), size):
+        rows = slice(begin, begin + size)
         part = _Pair(model, good.select(rows), bad.select(rows), metric.select(rows), wanted, direction)
         for site, score in part.attributions(points, path):
             scores[site].append(score.sum(1) if by == "all" else score)

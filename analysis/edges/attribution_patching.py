@@ -35,9 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.edges.gradients import Direction, Passed, Rule, between, one_of, pairs, passed, points_of
-from analysis.edges.graph import Block, Edge, Graph
-from analysis.edges.passes import evaluate_edges
+from analysis.edges.gradients import Direction, Passed, Rule, at_a_time, between, one_of, pairs, passed, points_of
+from analysis.edges.graph import Block, Graph
 from analysis.edges.scores import EdgeScores
 from analysis.edges.wiring import Wiring
 from analysis.metrics import Metric, as_metric
@@ -46,8 +45,6 @@ from surgery.activations.interventions import unwrapped
 from surgery.anatomy import Site
 from surgery.models import Batch, untouched
 from surgery.registry import Registry
-
-__all__ = ["METHODS", "Edge", "EdgeScores", "Graph", "eap", "evaluate_edges"]
 
 
 @dataclass
@@ -147,7 +144,7 @@ def eap(
     values = np.empty((len(good), *shape), dtype=np.float32) if keep else np.zeros((1, *shape))
     measured: dict[str, list[Tensor]] = {"clean": [], "corrupt": []}
     counts = {"forwards": 0, "backwards": 0}
-    step = _examples(wiring, good, budget)
+    step = at_a_time(metric, _examples(wiring, good, budget), len(good))
     for begin in range(0, len(good), step):
         rows = slice(begin, begin + step)
         part = _Part(wiring, good.select(rows), bad.select(rows), metric.select(rows), direction, budget)
@@ -302,4 +299,4 @@ def _examples(wiring: Wiring, batch: Batch, budget: int) -> int:
     layer = 12 * anatomy.d_model + 5 * heads + 5 * mlp + 2 * anatomy.n_heads * width
     number = next(wiring.model.parameters()).element_size()
     scores = 4 * len(wiring.graph.readers) * len(wiring.graph.writers)
-    return max(1, min(len(batch), int(budget / 4 / (anatomy.n_layers * layer * width * number + scores))))
+    return int(budget / 4 / (anatomy.n_layers * layer * width * number + scores))

@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from analysis.edges.attribution_patching import Graph, eap, evaluate_edges
+from analysis.edges.attribution_patching import eap
 from analysis.edges.gradients import pairs, passed
+from analysis.edges.graph import Graph
+from analysis.edges.passes import evaluate_edges
 from analysis.metrics import Metric, as_metric
 from surgery.activations.interventions import unwrapped
 

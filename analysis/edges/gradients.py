@@ -40,6 +40,11 @@ def points_of(rule: Rule, steps: int) -> list[float]:
     return [(k + _SHIFTS[rule]) / steps for k in range(steps)]
 
 
+def at_a_time(metric: Metric, size: int, examples: int) -> int:
+    """How many examples run together: a plain function may know them by their rows, and sees them all."""
+    return examples if metric.tokens is None and not metric.columns else max(1, min(size, examples))
+
+
 def between(corrupt: Tensor, clean: Tensor, at: float) -> Tensor:
     """A point on the straight way from corrupt (0) to clean (1)."""
     return corrupt + at * (clean - corrupt)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.edges.gradients import Passed, pairs, passed
+from analysis.edges.gradients import Passed, at_a_time, pairs, passed
 from analysis.edges.graph import Block, Edge
 from analysis.edges.wiring import Wiring
 from analysis.metrics import Metric, as_metric
@@ -57,7 +57,7 @@ def evaluate_edges(
     patched = {name: wiring.graph.exists & ~wiring.graph.kept(own) for name, own in named.items()}
     if not patched:
         raise SurgeryError("No circuits to evaluate.")
-    step, values = _examples(wiring, good, budget), []
+    step, values = at_a_time(metric, _examples(wiring, good, budget), len(good)), []
     for begin in range(0, len(good), step):
         rows = slice(begin, begin + step)
         values.append(_measured(wiring, good.select(rows), bad.select(rows), metric.select(rows), patched))
@@ -192,4 +192,4 @@ def _examples(wiring: Wiring, batch: Batch, budget: int) -> int:
     graph, anatomy = wiring.graph, wiring.anatomy
     widest = max(block.readers.stop - block.readers.start for block in graph.blocks)
     rows = len(graph.writers) + 4 * widest + 4 * anatomy.n_layers
-    return max(1, min(len(batch), int(budget / (rows * anatomy.d_model * batch.ids.shape[1] * 4))))
+    return int(budget / (rows * anatomy.d_model * batch.ids.shape[1] * 4))

@@ -185,6 +185,18 @@ def test_examples_are_kept_where_that_is_asked_for():
     np.testing.assert_allclose(kept.values, SCORES.values, atol=1e-6)
 
 
+def test_plain_functions_know_examples_by_their_rows():
+    model, rows, circuit = build("llama_gqa"), torch.arange(4), SCORES.circuit(n=90)
+
+    def by_hand(logits):
+        return logits[rows, -1, ANSWERS[:, 0]] - logits[rows, -1, ANSWERS[:, 1]]
+
+    found = eap(model, CLEAN, CORRUPT, by_hand, budget=1, per_example=True)
+    np.testing.assert_allclose(found.values, SCORES.values, atol=1e-6)
+    one, two = (evaluate_edges(model, CLEAN, CORRUPT, m, circuit, budget=1) for m in (by_hand, METRIC))
+    np.testing.assert_allclose(one.values, two.values, atol=1e-6)
+
+
 # ---- batches and models that are unlike ----------------------------------------------------------------------------
 
 
