@@ -6,7 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
 CLAIMS := merging_tradeoff negation_analogy merging_with_data reasoning_vectors forgetting echo_chamber reft \
-	masked_thought_vs_sft no_signal sec_curriculum cosine_length sft_then_grpo
+	masked_thought_vs_sft no_signal sec_curriculum cosine_length sft_then_grpo \
+	tuning_contribution entity_tracking wrapper_study conjugate_prompting cot_faithfulness
 
 .PHONY: help install models test lint types notebooks demo bench claims clean
 
@@ -43,8 +44,10 @@ demo: install     ## extract, inspect, merge and evaluate the embedded tiny fami
 bench: install    ## speed and memory against peers and floors (minutes; quiet machine)
 	$(BIN)/python experiments/benchmarks/merge.py
 	$(BIN)/python experiments/benchmarks/train.py
+	$(BIN)/python experiments/benchmarks/patching.py
+	$(BIN)/python experiments/benchmarks/tuco.py
 
-claims: install   ## every experiment on the tiny family, from training to picture (two hours); ONLY=name for one
+claims: install   ## every experiment on the tiny family, from training to picture (three hours); ONLY=name for one
 	for name in $(or $(ONLY),$(CLAIMS)); do $(BIN)/python experiments/$$name.py || exit 1; done
 
 clean:            ## what tools leave behind, the environment excepted
