@@ -12,7 +12,17 @@ from torch import Tensor
 from analysis.cross_model.groups import effects_of, group_of
 from analysis.metrics import Metric, as_metric
 from analysis.patching.resumed import column_of, components
-from analysis.patching.run import BUDGET, Place, Progress, Run, Source, everywhere, places_of
+from analysis.patching.run import (
+    BUDGET,
+    Place,
+    Progress,
+    Run,
+    Source,
+    chosen_by,
+    everywhere,
+    listed,
+    places_of,
+)
 from analysis.results import Result
 from surgery.activations.interventions import unwrapped
 from surgery.activations.passes import run
@@ -107,8 +117,8 @@ def transplant(
     `analysis.patching.patch`; `anchors` name positions, each a number or one a prompt. Columns as in `cmap`.
     """
     source, target, batch, metric = _ready(pair, prompts, metric, direction, tokenizer)
-    sweep = Run(target, batch, metric, site, layers, parts, budget, reuse)
-    by = by or ("position" if sweep.parts is None else "all")
+    sweep = Run(target, batch, metric, site, listed(layers, "layers"), listed(parts, "parts"), budget, reuse)
+    by = chosen_by(by, positions, "position" if sweep.parts is None else "all")
     if anchors is not None:
         found = {name: column_of(place, batch, f"anchor '{name}'") for name, place in anchors.items()}
         places = [Place(name, int(column.min()), column) for name, column in found.items()]

@@ -13,7 +13,8 @@
 
 Values are effects, the metric with the change minus the metric without, one for each example and cell. Cells are exact:
 what a change does not reach is taken from the unchanged run, everything else is computed by the model's own modules
-(equal to one whole forward a cell within 1e-6 of the logits' scale on the same attention kernel; tests compare).
+(equal to one whole forward a cell within 1e-6 of the logits' scale on the same attention kernel; tests compare). Inside
+of `edit`, or with other hooks in the blocks, every cell is one whole forward.
 
 Files: calls.py (the three sweeps), run.py (batches and rows that fit the memory), cells.py (what a change makes of a
 recorded pass), resumed.py (a pass taken up with many changes at once, differentiable: for masks and pairs).

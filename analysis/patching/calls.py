@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from analysis.metrics import Metric, as_metric
-from analysis.patching.run import BUDGET, Place, Progress, Run, Source, everywhere, places_of
+from analysis.patching.run import (
+    BUDGET,
+    By,
+    Place,
+    Progress,
+    Run,
+    Source,
+    chosen_by,
+    everywhere,
+    listed,
+    places_of,
+)
 from analysis.results import Result
 from surgery.activations.interventions import Call, unwrapped
 from surgery.activations.passes import run
@@ -18,7 +29,6 @@ from surgery.errors import SurgeryError
 from surgery.models import Batch, as_batch
 
 Direction = Literal["denoising", "noising"]
-By = Literal["position", "all"]
 Ablation = Literal["zero", "mean", "position_mean", "resample"]
 
 
@@ -31,9 +41,9 @@ def patch(
     *,
     direction: Direction = "denoising",
     by: By | None = None,
-    layers: Sequence[int] | None = None,
-    positions: Sequence[int] | None = None,
-    parts: Sequence[int] | None = None,
+    layers: Sequence[int] | int | None = None,
+    positions: Sequence[int] | int | None = None,
+    parts: Sequence[int] | int | None = None,
     anchors: Mapping[str, tuple[Any, Any]] | None = None,
     tokenizer: Any = None,
     budget: int = BUDGET,
@@ -44,9 +54,10 @@ def patch(
 
     `clean` and `corrupt` are prompts of equal length, pair by pair; of unequal ones `anchors` name the places that
     correspond: {name: (column in each clean prompt, column in each corrupt prompt)}, -1 the last token. `by` is
-    "position" for sites of the stream, and "all" positions at once for heads and neurons, if not said. `parts` are
-    the heads (key-value heads for k and v) or neurons, all of them by default. With `reuse=False` every cell is one
-    whole forward. Columns `clean`, `corrupt` and `span` hold the metric of both runs and its difference.
+    "position" for sites of the stream, and "all" positions at once for heads and neurons, if not said (and no
+    positions are chosen). `parts` are the heads (key-value heads for k and v) or neurons, all of them by default. With
+    `reuse=False` every cell is one whole forward. Columns `clean`, `corrupt` and `span` hold the metric of both runs
+    and its difference.
 
     Raises `SurgeryError` for unequal lengths without anchors, for a site, layer, head or position that does not exist,
     and for a metric of another number of examples.
@@ -60,26 +71,35 @@ def patch(
         raise SurgeryError(f"There are {len(good)} clean prompts and {len(bad)} corrupt ones: they come in pairs.")
     if anchors is None:
         good, bad = _aligned(good, bad)
+    layers, parts = listed(layers, "layers"), listed(parts, "parts")
     base, source = (bad, good) if direction == "denoising" else (good, bad)
     sweep = Run(model, base, as_metric(metric), site, layers, parts, budget, reuse)
-    by = by or ("position" if sweep.parts is None else "all")
-    first = _first_difference(good, bad) if anchors is None else 0
-    if anchors is not None:
-        places, there = _anchored(anchors, base, source, direction)
-    else:
-        there = None
-        places = everywhere(first) if by == "all" else places_of(base, positions, first)
-
+    site, pattern = sweep.site, Site(sweep.site).kind == "pattern"
     after: list[Tensor] = []
 
-    def values(rows: slice) -> Source:
+    def values(rows: slice, moved: tuple[Tensor, Tensor] | None = None) -> Source:
         value, seen = sweep.seen(source, rows, [site])
         after.append(value)
-        moved = None if there is None else (there[0][rows], there[1][rows])
-        return lambda layer: _moved(seen[Site(site, layer)], moved, base)
+        moved = None if moved is None else (moved[0][rows], moved[1][rows])
+        return lambda layer: _moved(seen[Site(site, layer)], moved, base, pattern)
 
-    effects, before = sweep(places, values, progress)
-    other = torch.cat(after)
+    if anchors is None:
+        first = _first_difference(good, bad)
+        together = chosen_by(by, positions, "position" if sweep.parts is None else "all") == "all"
+        places = everywhere(first, base.ids.shape[1]) if together else places_of(base, positions, first)
+        effects, before = sweep(places, values, progress)
+    else:
+        if by == "all" or positions is not None or pattern:
+            wrong = f"site='{site}'" if pattern else "by='all'" if by == "all" else "positions="
+            raise SurgeryError(f"{wrong} can't be used with anchors: they are single tokens that correspond.")
+        places, here, there = _anchored(anchors, base, source, direction)
+        effects, before = torch.empty(0), torch.empty(0)
+        for some in _apart(here):
+            moved = (here[:, some], there[:, some])
+            found, before = sweep([places[i] for i in some], lambda rows, m=moved: values(rows, m), progress)  # type: ignore[misc]
+            effects = effects if len(effects) else found.new_zeros(*found.shape[:2], len(places), found.shape[3])
+            effects[:, :, some] = found
+    other = torch.cat(after)[: len(base)]
     corrupt_value, clean_value = (before, other) if direction == "denoising" else (other, before)
     columns = {"clean": clean_value, "corrupt": corrupt_value, "span": clean_value - corrupt_value}
     meta = {"kind": "patching", "direction": direction, "model": anatomy_of(model).name,
@@ -96,9 +116,9 @@ def ablate(
     *,
     reference: Any = None,
     by: By | None = None,
-    layers: Sequence[int] | None = None,
-    positions: Sequence[int] | None = None,
-    parts: Sequence[int] | None = None,
+    layers: Sequence[int] | int | None = None,
+    positions: Sequence[int] | int | None = None,
+    parts: Sequence[int] | int | None = None,
     seed: int = 0,
     tokenizer: Any = None,
     budget: int = BUDGET,
@@ -119,12 +139,12 @@ def ablate(
     reference does not fit.
     """
     model = unwrapped(model)
-    base = as_batch(prompts, tokenizer).to(model.device).right_padded()
-    others = base if reference is None else as_batch(reference, tokenizer).to(model.device).right_padded()
+    base = _trimmed(as_batch(prompts, tokenizer).to(model.device).right_padded())
+    others = base if reference is None else _trimmed(as_batch(reference, tokenizer).to(model.device).right_padded())
+    layers, parts = listed(layers, "layers"), listed(parts, "parts")
     sweep = Run(model, base, as_metric(metric), site, layers, parts, budget, reuse)
-    by = by or "all"
-    places = everywhere(0) if by == "all" else places_of(base, positions, 0)
-    values = _ablated(model, base, others, site, value, seed)
+    places = everywhere(0) if chosen_by(by, positions, "all") == "all" else places_of(base, positions, 0)
+    values = _ablated(model, base, others, sweep.site, value, seed)
     effects, before = sweep(places, values, progress)
     meta = {"kind": "ablation", "value": value, "seed": seed, "model": anatomy_of(model).name}
     return sweep.result(effects, places, {"clean": before}, meta, tokenizer)
@@ -208,7 +228,7 @@ def _ablated(
 
     def values(rows: slice) -> Source:
         _, seen = run(model, drawn.select(rows), [site], stop=True)
-        return lambda layer: _moved(seen[Site(site, layer)], None, base)
+        return lambda layer: _moved(seen[Site(site, layer)], None, base, Site(site).kind == "pattern")
 
     return values
 
@@ -246,11 +266,11 @@ def _drawn(size: int, others: int, same: bool, seed: int) -> Tensor:
     return drawn
 
 
-def _moved(value: Tensor, moved: tuple[Tensor, Tensor] | None, base: Batch) -> Tensor:
+def _moved(value: Tensor, moved: tuple[Tensor, Tensor] | None, base: Batch, pattern: bool = False) -> Tensor:
     """Values of the source on the base's columns: cut to its width, or each anchor put where it stands there."""
     width = base.ids.shape[1]
     if moved is None:
-        return value[:, :width]
+        return value[..., :width, :width] if pattern else value[:, :width]
     here, there = moved
     rows = torch.arange(len(value), device=value.device)[:, None]
     found = value.new_zeros(len(value), width, *value.shape[2:])
@@ -270,19 +290,25 @@ def _aligned(clean: Batch, corrupt: Batch) -> tuple[Batch, Batch]:
             f"{int(corrupt.lengths[pair])}; position by position they don't correspond.",
             hint="Make them equally long, or name places that correspond: anchors={'name': (clean, corrupt)}.",
         )
-    width = int(clean.lengths.max())
-    return tuple(Batch(b.ids[:, :width], b.mask[:, :width]) for b in (clean, corrupt))  # type: ignore[return-value]
+    return _trimmed(clean), _trimmed(corrupt)
 
 
-def _first_difference(clean: Batch, corrupt: Batch) -> int:
-    """The first column in which any pair differs: to the left of it no change has an effect."""
-    differs = ((clean.ids != corrupt.ids) & clean.mask).any(0)
-    return int(differs.int().argmax()) if bool(differs.any()) else clean.ids.shape[1]
+def _trimmed(batch: Batch) -> Batch:
+    """Without columns at the end that no prompt reaches."""
+    width = int(batch.lengths.max())
+    return batch if width == batch.ids.shape[1] else Batch(batch.ids[:, :width], batch.mask[:, :width])
+
+
+def _first_difference(clean: Batch, corrupt: Batch) -> Tensor:
+    """(batch,) the first column in which each pair differs: to the left of it no change has an effect."""
+    differs = (clean.ids != corrupt.ids) & clean.mask
+    return torch.where(differs.any(1), differs.int().argmax(1), clean.ids.shape[1])
 
 
 def _anchored(
     anchors: Mapping[str, tuple[Any, Any]], base: Batch, source: Batch, direction: Direction
-) -> tuple[list[Place], tuple[Tensor, Tensor]]:
+) -> tuple[list[Place], Tensor, Tensor]:
+    """The places of anchors, and (batch, anchor) their columns in the run that is changed and in the other."""
     if not anchors:
         raise SurgeryError("No anchors were named.")
     here, there = [], []
@@ -292,7 +318,17 @@ def _anchored(
         here.append(_columns(of_base, base, f"anchor '{name}'"))
         there.append(_columns(of_source, source, f"anchor '{name}'"))
     places = [Place(name, int(column.min()), column) for name, column in zip(anchors, here, strict=True)]
-    return places, (torch.stack(here, 1), torch.stack(there, 1))
+    return places, torch.stack(here, 1), torch.stack(there, 1)
+
+
+def _apart(here: Tensor) -> list[list[int]]:
+    """Anchors in as few groups as may be, so that no two of a group stand at one token of any prompt."""
+    groups: list[list[int]] = []
+    for anchor in range(here.shape[1]):
+        free = (g for g in groups if not bool((here[:, g] == here[:, anchor, None]).any()))
+        group = next(free, None)
+        groups.append([anchor]) if group is None else group.append(anchor)
+    return groups
 
 
 def _columns(position: Any, batch: Batch, what: str) -> Tensor:

@@ -106,7 +106,7 @@ class Cells:
             return attended(self.recording, layer, site, value, start)
         if layer not in self._attended or self._attended[layer][0] > start:
             new = self.replacement(layer)
-            value = new[:, :, start:] if site == "pattern" else _cut(new, start)
+            value = _cut(new, start, 2 if site == "pattern" else 1)
             self._attended[layer] = start, attended(self.recording, layer, site, value, start)
         begun, z = self._attended[layer]
         return column.kept(old, z[:, start - begun :])  # a query, or a row of the pattern, is one token's own
@@ -140,8 +140,9 @@ class Cells:
         return Entry(layer, (recording.attn_out[layer][:, start:] + made).flatten(0, 1), "mid")
 
 
-def _cut(value: Tensor, start: int) -> Tensor:
-    return value[:, start:] if value.shape[1] > 1 else value
+def _cut(value: Tensor, start: int, dim: int = 1) -> Tensor:
+    """From column `start` on, where the value has columns."""
+    return value.narrow(dim, start, value.shape[dim] - start) if value.shape[dim] > 1 else value
 
 
 def sweep(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,12 +18,14 @@ from surgery.activations.interventions import Captured, eager
 from surgery.activations.passes import run
 from surgery.activations.recording import record
 from surgery.anatomy import Anatomy, Site, anatomy_of
+from surgery.anatomy.sites import UNLAYERED
 from surgery.errors import SurgeryError
 from surgery.models import Batch, untouched
 
 Progress = Callable[[int, int], None]
 """Called with (cells done, cells in all)."""
 Source = Replacement
+By = Literal["position", "all"]
 BUDGET = 1 << 30
 """Bytes that a sweep may take beside the model."""
 
@@ -35,32 +37,55 @@ class Place:
     label: Any
     start: int
     columns: Tensor | None = None
+    idle: Tensor | None = None
+    """(batch,) rows in which a change here is known to do nothing."""
 
     def of(self, rows: slice) -> Column:
         """The same for some of the examples."""
         return Column(self.start, None if self.columns is None else self.columns[rows])
 
 
-def everywhere(first: int) -> list[Place]:
-    """All positions at once; nothing happens before `first`."""
-    return [Place(None, first)]
+def chosen_by(by: By | None, positions: Any, default: By) -> By:
+    """What a cell is: one position, or all of them."""
+    if by not in (None, "position", "all"):
+        raise SurgeryError(f"by={by!r}: expected 'position' or 'all'.")
+    if by == "all" and positions is not None:
+        raise SurgeryError("positions= choose single positions, and by='all' takes them together.",
+                           hint="Leave one of them out.")  # fmt: skip
+    return by or ("position" if positions is not None else default)
 
 
-def places_of(batch: Batch, positions: Sequence[int] | None, first: int) -> list[Place]:
+def everywhere(first: int | Tensor, width: int | None = None) -> list[Place]:
+    """All positions at once; nothing happens before `first`, a column of all rows or (batch,) one of each."""
+    if isinstance(first, int):
+        return [Place(None, first)]
+    return [Place(None, int(first.min()), None, None if width is None else first >= width)]
+
+
+def places_of(batch: Batch, positions: Sequence[int] | int | None, first: int | Tensor) -> list[Place]:
     """One place a position, all of them by default; those before `first` are known to have no effect."""
-    longest = int(batch.lengths.max())
-    wanted = list(range(longest)) if positions is None else list(positions)
+    longest, shortest = int(batch.lengths.max()), int(batch.lengths.min())
+    wanted = listed(positions, "positions") or list(range(longest))
     found = []
     for position in wanted:
-        if not -int(batch.lengths.min()) <= position < longest:
-            raise SurgeryError(f"There is no position {position}: the prompts have {longest} tokens at most.")
-        if position < 0:
-            column = batch.lengths + position
-            found.append(Place(position, int(column.min()), column))
-        else:
-            column = torch.full((len(batch),), position, device=batch.ids.device)
-            found.append(Place(position, batch.ids.shape[1] if position < first else position, column))
+        if not -shortest <= position < longest:
+            raise SurgeryError(f"There is no position {position}: the prompts have {shortest} to {longest} tokens.")
+        column = batch.lengths + position if position < 0 else torch.full_like(batch.lengths, position)
+        idle = (column < first) | (column >= batch.lengths)
+        start = batch.ids.shape[1] if bool(idle.all()) else int(column.min())
+        found.append(Place(position, start, column, idle))
     return found
+
+
+def listed(numbers: Sequence[int] | int | None, what: str) -> list[int] | None:
+    """Some layers, positions or parts as a list; one number is a list of one."""
+    if numbers is None:
+        return None
+    found = [numbers] if isinstance(numbers, int) else list(numbers)
+    if not found or not all(isinstance(n, int) or hasattr(n, "__index__") for n in found):
+        raise SurgeryError(f"{what}={numbers!r}: whole numbers are expected, one at least.",
+                           hint=f"Leave {what}= out for all of them.")  # fmt: skip
+    return [int(n) for n in found]
 
 
 @dataclass
@@ -83,6 +108,9 @@ class Run:
         if site.layer is not None or site.head is not None or site.position is not None:
             raise SurgeryError(f"A sweep goes over all of '{site.name}', and '{self.site}' names a part of it.",
                                hint=f"site='{site.name}', with layers=, positions= or parts=.")  # fmt: skip
+        if site.name in UNLAYERED:
+            raise SurgeryError(f"'{site.name}' is in no layer: a sweep goes over the layers of a site.",
+                               hint="'resid_pre' of layer 0 is what the embedding gives.")  # fmt: skip
         self.anatomy.expand([site])
         self.site = site.name
         self.layers = list(range(self.anatomy.n_layers) if self.layers is None else self.layers)
@@ -94,8 +122,8 @@ class Run:
             self.parts = list(range(count) if self.parts is None else self.parts)
             self.anatomy.expand([Site(self.site, 0, part) for part in self.parts])
         self.metric = self.metric.to(self.model.device)
-        self.metric.check(len(self.base))
-        self.reuse = self.reuse and self.site in KEPT
+        self.metric.check(len(self.base), self.anatomy.embed.weight.shape[0])
+        self.reuse = self.reuse and self.site in KEPT and not _hooked(self.anatomy)
 
     def __call__(
         self, places: Sequence[Place], values: Callable[[slice], Source], progress: Progress | None
@@ -122,6 +150,9 @@ class Run:
                 one, unchanged = self._batch(batch, metric, columns, values(part), rows, advance)
                 whole = one.new_zeros(len(batch), len(self.layers or ()), len(places), one.shape[-1])
                 whole[:, :, active] = one - unchanged[:, None, None, None]
+                for i in active:
+                    if (idle := places[i].idle) is not None:
+                        whole[idle[part], :, i] = 0  # not a rounding of it
                 found.append(whole)
                 before.append(unchanged)
         return torch.cat(found), torch.cat(before)
@@ -231,6 +262,13 @@ class Run:
             axes["neuron" if kind == "neurons" else "kv_head" if self.site in ("k", "v") else "head"] = self.parts
         numbers = {name: np.asarray(column.double().cpu()).tolist() for name, column in columns.items()}
         return Result(values, axes, f"effect on {self.metric.name}", numbers, meta)
+
+
+def _hooked(anatomy: Anatomy) -> bool:
+    """Whether hooks of others (an `edit` that is open) are in the blocks: to take up a pass would call some twice."""
+    modules = [module for block in anatomy.blocks for module in block.modules()]
+    hooks = [h for m in modules for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+    return any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
 
 
 def _tokens(batch: Batch, places: Sequence[Place], tokenizer: Any) -> list[str]:

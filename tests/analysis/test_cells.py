@@ -22,9 +22,9 @@ def effects(model, site, **options):
 def test_columns_run_together_are_the_same_cells(name, site, monkeypatch):
     model = build(name)
     alone, calls = {}, []
-    measured = analysis.cells._measured
+    measured = analysis.patching.cells._measured
     monkeypatch.setattr(analysis.patching.cells, "_measured", lambda *given: calls.append(0) or measured(*given))
-    for cost in (0, analysis.cells.CALL):
+    for cost in (0, analysis.patching.cells.CALL):
         monkeypatch.setattr(analysis.patching.cells, "CALL", cost)
         calls.clear()
         alone[cost] = effects(model, site, by="position"), len(calls)
@@ -46,7 +46,7 @@ def test_layers_and_positions_come_in_the_order_asked_for(site):
 
 def test_cells_that_write_what_is_there_are_exactly_zero_and_cost_nothing(monkeypatch):
     model, rows = build("gpt2"), []
-    finish = analysis.cells.finish
+    finish = analysis.patching.cells.finish
     monkeypatch.setattr(analysis.patching.cells, "finish", lambda *a, **k: rows.append(finish(*a, **k)) or rows[-1])
     found = effects(model, "resid_pre")
     same = (CLEAN == CORRUPT).all(0)
