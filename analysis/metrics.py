@@ -189,7 +189,7 @@ def _tokens(answer: Any) -> Tensor:
     try:
         tokens = torch.as_tensor(answer)
     except (TypeError, ValueError):
-        raise SurgeryError("Answers are token ids, and these are no rows of numbers.", hint=hint) from None
+        raise SurgeryError("Answers are token ids, and these are no numbers, or not in rows of one length.", hint=hint) from None
     if tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise SurgeryError(f"Answers are token ids, and these are {tokens.dtype}.", hint=hint)
     if tokens.numel() and int(tokens.min()) < 0:

@@ -164,7 +164,7 @@ def test_not_one_value_an_example(function, got):
         (lambda: prob([1.0, 2.0]), "Answers are token ids, and these are torch.float32"),
         (lambda: answer_logit([True]), "Answers are token ids, and these are torch.bool"),
         (lambda: logit_diff([[" a", " b"]]), "(?s)Answers are token ids, and these are no numbers.*answer_tokens"),
-        (lambda: log_prob([[1], [2, 3]]), "Answers are token ids, and these are no numbers"),
+        (lambda: log_prob([[1], [2, 3]]), "Answers are token ids, and these are no numbers, or not in rows"),
         (lambda: prob([3, -1]), "Answers are token ids, and -1 is none"),
         (lambda: logit_diff([[3, 60]] * 4).check(4, 60), "The answer 60 is no token: the model knows 0 to 59"),
         (lambda: accuracy([3, 4, 99, 5]).check(4, 60), "The answer 99 is no token"),
