@@ -189,7 +189,8 @@ def _tokens(answer: Any) -> Tensor:
     try:
         tokens = torch.as_tensor(answer)
     except (TypeError, ValueError):
-        raise SurgeryError("Answers are token ids, and these are no numbers, or not in rows of one length.", hint=hint) from None
+        problem = "Answers are token ids, and these are no numbers, or not in rows of one length."
+        raise SurgeryError(problem, hint=hint) from None
     if tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise SurgeryError(f"Answers are token ids, and these are {tokens.dtype}.", hint=hint)
     if tokens.numel() and int(tokens.min()) < 0:
