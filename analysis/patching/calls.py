@@ -22,7 +22,7 @@ from analysis.patching.run import (
     places_of,
 )
 from analysis.results import Result
-from surgery.activations.interventions import Call, unwrapped
+from surgery.activations.interventions import Call, eager, unwrapped
 from surgery.activations.passes import run
 from surgery.anatomy import Site, anatomy_of
 from surgery.errors import SurgeryError
@@ -157,8 +157,8 @@ def knockout(
     *,
     destination: Any = -1,
     source: Any,
-    windows: Sequence[Sequence[int]] | None = None,
-    heads: Sequence[int] | None = None,
+    windows: Sequence[Sequence[int] | int] | None = None,
+    heads: Sequence[int] | int | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -169,14 +169,26 @@ def knockout(
     softmax (Geva et al. 2023, arXiv:2304.14767). Column `clean` holds the metric without the cut.
     """
     model, metric = unwrapped(model), as_metric(metric)
-    base = as_batch(prompts, tokenizer).to(model.device).right_padded()
+    base = _trimmed(as_batch(prompts, tokenizer).to(model.device).right_padded())
     anatomy = anatomy_of(model)
     metric = metric.to(model.device)
-    metric.check(len(base))
+    metric.check(len(base), anatomy.embed.weight.shape[0])
     to, of = _columns(destination, base, "destination"), _columns(source, base, "source")
-    windows = [range(first, anatomy.n_layers) for first in range(anatomy.n_layers)] if windows is None else windows
-    rows, chosen = torch.arange(len(base), device=to.device), slice(None) if heads is None else list(heads)
-    anatomy.expand([f"z.0.{head}" for head in heads or ()])
+    if bool((wrong := of > to).any()):
+        raise SurgeryError(f"The source of prompt {int(wrong.int().argmax())} comes after its destination: nothing is "
+                           "there to cut.", hint="destination= is the token that looks.")  # fmt: skip
+    if bool((wrong := to == 0).any()):
+        raise SurgeryError(f"The first token of prompt {int(wrong.int().argmax())} sees itself alone: that can't be "
+                           "cut.")  # fmt: skip
+    if windows is None:
+        windows = [range(first, anatomy.n_layers) for first in range(anatomy.n_layers)]
+    cuts = [[window] if isinstance(window, int) else list(window) for window in windows]
+    if not cuts or not all(cuts):
+        raise SurgeryError("windows= are sets of layers, one at least with a layer in each.", hint="[[0, 1], [2, 3]]")
+    anatomy.expand([Site("scores", layer) for window in cuts for layer in window])
+    heads = listed(heads, "heads")
+    anatomy.expand([Site("z", 0, head) for head in heads or ()])
+    rows, chosen = torch.arange(len(base), device=to.device), slice(None) if heads is None else heads
 
     def cut(scores: Tensor, call: Call) -> Tensor:
         scores = scores.clone()
@@ -185,16 +197,17 @@ def knockout(
         scores[rows, :, to, of] = part
         return scores
 
-    logits, _ = run(model, base)
-    assert logits is not None
-    before, found = metric.of_logits(logits, base.last), []
-    for i, window in enumerate(windows):
-        logits, _ = run(model, base, edits={f"scores.{layer}": cut for layer in window})
+    with eager(model):  # also the run without a cut: what is compared comes from one kernel
+        logits, _ = run(model, base)
         assert logits is not None
-        found.append(metric.of_logits(logits, base.last) - before)
-        if progress is not None:
-            progress(i + 1, len(windows))
-    axes: dict[str, Any] = {"example": list(range(len(base))), "layers": [_span(window) for window in windows]}
+        before, found = metric.of_logits(logits, base.last), []
+        for i, window in enumerate(cuts):
+            logits, _ = run(model, base, edits={f"scores.{layer}": cut for layer in window})
+            assert logits is not None
+            found.append(metric.of_logits(logits, base.last) - before)
+            if progress is not None:
+                progress(i + 1, len(cuts))
+    axes: dict[str, Any] = {"example": list(range(len(base))), "layers": [_span(window) for window in cuts]}
     meta = {"kind": "knockout", "metric": metric.name, "model": anatomy.name, "centre": 0}
     values = torch.stack(found, 1).double().cpu().numpy()
     return Result(values, axes, f"effect on {metric.name}", {"clean": before.tolist()}, meta)
@@ -333,7 +346,11 @@ def _apart(here: Tensor) -> list[list[int]]:
 
 def _columns(position: Any, batch: Batch, what: str) -> Tensor:
     """(batch,) the column of a position in each row; negative ones count from the last token."""
-    column = torch.as_tensor(position, device=batch.ids.device).long().expand(len(batch))
+    column = torch.as_tensor(position, device=batch.ids.device).long()
+    if column.dim() > 1 or (column.dim() and len(column) != len(batch)):
+        raise SurgeryError(f"The {what} is one number, or one for each of the {len(batch)} prompts, and not "
+                           f"{len(column)}.")  # fmt: skip
+    column = column.expand(len(batch))
     column = torch.where(column < 0, batch.lengths + column, column)
     if bool((wrong := (column < 0) | (column >= batch.lengths)).any()):
         row = int(wrong.int().argmax())
