@@ -326,6 +326,9 @@ def _anchored(
         raise SurgeryError("No anchors were named.")
     here, there = [], []
     for name, pair in anchors.items():
+        if not isinstance(pair, int) and (not isinstance(pair, (tuple, list)) or len(pair) != 2):
+            raise SurgeryError(f"The anchor '{name}' is {pair!r}: a place in the clean prompts and one in the corrupt "
+                               "ones are expected.", hint="Each is a number, or one for each prompt.")  # fmt: skip
         clean, corrupt = (pair, pair) if isinstance(pair, int) else pair
         of_base, of_source = (corrupt, clean) if direction == "denoising" else (clean, corrupt)
         here.append(_columns(of_base, base, f"anchor '{name}'"))
