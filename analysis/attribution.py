@@ -27,7 +27,7 @@ from torch import Tensor
 
 from analysis.edges.gradients import Direction, Passed, Rule, at_a_time, between, one_of, pairs, passed, points_of
 from analysis.metrics import Metric, as_metric
-from analysis.patching.run import _tokens, places_of
+from analysis.patching.run import places_of, tokens_at
 from analysis.results import Result
 from surgery.activations.interventions import unwrapped
 from surgery.anatomy import Anatomy, Site, anatomy_of
@@ -187,7 +187,7 @@ def _result(
         places = places_of(base, None, 0)
         axes["position"] = [place.label for place in places]
         if tokenizer is not None:
-            meta["ticks"] = {"position": _tokens(base, places, tokenizer)}
+            meta["ticks"] = {"position": tokens_at(base, places, tokenizer)}
     if sites[0].kind != "stream":
         part = {"neurons": "neuron"}.get(sites[0].kind, "kv_head" if sites[0].name in ("k", "v") else "head")
         axes[part] = range(values.shape[-1])

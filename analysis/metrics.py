@@ -53,6 +53,11 @@ class Metric:
         tokens = None if self.tokens is None else self.tokens[rows]
         return replace(self, tokens=tokens, columns={name: column[rows] for name, column in self.columns.items()})
 
+    @property
+    def divisible(self) -> bool:
+        """Whether some examples can be measured by themselves: a plain function may know them by their rows."""
+        return self.tokens is not None or bool(self.columns)
+
     def to(self, device: Any) -> Metric:
         """The same with its columns on another device."""
         tokens = None if self.tokens is None else self.tokens.to(device)

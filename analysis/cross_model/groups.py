@@ -262,6 +262,6 @@ def _sizes(target: Any, batch: Batch, metric: Metric, sites: Sequence[Site], bud
     if metric.needs == "all":
         kept, row = kept + anatomy.head.weight.shape[0], row + 2 * anatomy.head.weight.shape[0]
     size = max(1, min(len(batch), int(budget / 2 / (kept * each))))
-    if metric.tokens is None and not metric.columns:  # a plain function of logits knows its examples all together
+    if not metric.divisible:  # a plain function of logits knows its examples all together
         size = len(batch)
     return size, max(1, int((budget - size * kept * each) / (row * each)))

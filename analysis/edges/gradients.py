@@ -42,7 +42,7 @@ def points_of(rule: Rule, steps: int) -> list[float]:
 
 def at_a_time(metric: Metric, size: int, examples: int) -> int:
     """How many examples run together: a plain function may know them by their rows, and sees them all."""
-    return examples if metric.tokens is None and not metric.columns else max(1, min(size, examples))
+    return examples if not metric.divisible else max(1, min(size, examples))
 
 
 def between(corrupt: Tensor, clean: Tensor, at: float) -> Tensor:

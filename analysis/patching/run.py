@@ -238,7 +238,7 @@ class Run:
         if self.metric.needs == "all":
             kept, row = kept + anatomy.head.weight.shape[0], row + 2 * anatomy.head.weight.shape[0]
         size = max(1, min(len(self.base), int(self.budget / 2 / (kept * width * number))))
-        if self.metric.tokens is None and not self.metric.columns:
+        if not self.metric.divisible:
             size = len(self.base)  # a plain function may know the examples by their rows: they stay together
         return size, max(1, int((self.budget - size * kept * width * number) / (row * width * number)))
 
@@ -254,7 +254,7 @@ class Run:
         else:
             axes["position"] = [place.label for place in places]
             if tokenizer is not None:
-                meta["ticks"] = {"position": _tokens(self.base, places, tokenizer)}
+                meta["ticks"] = {"position": tokens_at(self.base, places, tokenizer)}
         if self.parts is None:
             values = values[..., 0]
         else:
@@ -271,7 +271,7 @@ def _hooked(anatomy: Anatomy) -> bool:
     return any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)
 
 
-def _tokens(batch: Batch, places: Sequence[Place], tokenizer: Any) -> list[str]:
+def tokens_at(batch: Batch, places: Sequence[Place], tokenizer: Any) -> list[str]:
     """What stands at each place: the token where all prompts agree, else its label."""
     texts = batch.tokens(tokenizer)
     found = []

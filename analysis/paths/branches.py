@@ -17,7 +17,7 @@ from torch import Tensor
 from analysis.metrics import Metric
 from surgery.activations.interventions import detach
 from surgery.activations.recording import Recording
-from surgery.activations.resume import _portions, at_last, block, last_token
+from surgery.activations.resume import at_last, block, last_token, portions
 from surgery.anatomy import Anatomy, Site
 from surgery.anatomy.points import attach
 
@@ -89,7 +89,7 @@ def grown(
             for site, change in changes.items():
                 if site.layer == layer:
                     stack.callback(detach, attach(recording.anatomy, site, _bound(recording, change, now)))
-            for some in _portions(recording, rows):
+            for some in portions(recording, rows):
                 now.branches = range(now.branches.stop, now.branches.stop + len(some) // size)
                 found.append((last_token if ends else block)(recording, layer, some, start))
         rows = torch.cat(found)

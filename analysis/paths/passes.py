@@ -16,7 +16,7 @@ from torch import Tensor
 
 from analysis.paths.branches import Change, Cost, Part, grown, weights_of
 from surgery.activations.recording import _CACHE, Recording
-from surgery.activations.resume import _replaced, _returning, written_by_heads
+from surgery.activations.resume import replaced, returning, written_by_heads
 from surgery.anatomy import Site
 from surgery.anatomy.points import first_tensor, projection
 
@@ -91,9 +91,9 @@ class Frozen:
         returned = stream + added if inside else added
         norm = anatomy.norm("attention_norm", layer)
         with ExitStack() as stack:
-            stack.enter_context(_replaced(anatomy.attention(layer), _returning(returned, recording.returns)))
+            stack.enter_context(replaced(anatomy.attention(layer), returning(returned, recording.returns)))
             if norm is not None:
-                stack.enter_context(_replaced(norm, lambda *_, **__: added))
+                stack.enter_context(replaced(norm, lambda *_, **__: added))
             return first_tensor(anatomy.blocks[layer](stream, **words))
 
 

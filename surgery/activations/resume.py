@@ -52,9 +52,9 @@ def finish(recording: Recording, entries: Sequence[Entry], start: int, *, everyw
         parts = []
         if stream is not None:
             through = last_token if last else block
-            parts += [through(recording, layer, some, start) for some in _portions(recording, stream)]
+            parts += [through(recording, layer, some, start) for some in portions(recording, stream)]
         for added in inside:
-            parts += [_from_mid(recording, layer, some, start, last) for some in _portions(recording, added)]
+            parts += [_from_mid(recording, layer, some, start, last) for some in portions(recording, added)]
         rows = _joined(parts)
     ends = [e.value for e in entries if e.layer == layers]
     if not everywhere:
@@ -122,7 +122,7 @@ def grouped(value: Tensor, groups: int) -> Tensor:
     return _groups(value, groups)
 
 
-def _portions(recording: Recording, rows: Tensor) -> Sequence[Tensor]:
+def portions(recording: Recording, rows: Tensor) -> Sequence[Tensor]:
     """Whole groups of rows, as many as fit the processor's cache together: faster than all at once on CPU."""
     if rows.device.type != "cpu":
         return [rows]
@@ -148,16 +148,16 @@ def _from_mid(recording: Recording, layer: int, added: Tensor, start: int, last:
     anatomy, attention = recording.anatomy, recording.anatomy.attention(layer)
     returned = added if offset is None else added + _groups(offset, groups)
     norm = anatomy.norm("attention_norm", layer)
-    with _replaced(attention, _returning(returned, recording.returns)):
+    with replaced(attention, returning(returned, recording.returns)):
         if norm is None:
             found = _call(recording, layer, stream, None, groups, columns)
         else:
-            with _replaced(norm, lambda *_, **__: added):
+            with replaced(norm, lambda *_, **__: added):
                 found = _call(recording, layer, stream, None, groups, columns)
     return found[:, 0] if last else found
 
 
-def _returning(value: Tensor, count: int) -> Callable[..., Any]:
+def returning(value: Tensor, count: int) -> Callable[..., Any]:
     return lambda *_, **__: value if count == 1 else (value, *[None] * (count - 1))
 
 
@@ -208,7 +208,7 @@ def _causal(recording: Recording, groups: int, columns: slice | Tensor) -> Tenso
 
 
 @contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """The module does something else meanwhile."""
     before = module.__dict__.get("forward")
     module.forward = forward
@@ -226,7 +226,7 @@ def _without_queries(recording: Recording, layer: int) -> Iterator[None]:
     anatomy, at = recording.anatomy, recording.anatomy.blocks[layer]
     if anatomy.family.q is not None:
         wide = _queries(anatomy)
-        with _replaced(at.get_submodule(anatomy.family.q), lambda x: x.new_zeros(1).expand(*x.shape[:-1], wide)):
+        with replaced(at.get_submodule(anatomy.family.q), lambda x: x.new_zeros(1).expand(*x.shape[:-1], wide)):
             yield
         return
     module = at.get_submodule(anatomy.family.qkv)
@@ -249,7 +249,7 @@ def _without_queries(recording: Recording, layer: int) -> Iterator[None]:
         zeros = x.new_zeros(1).expand(*x.shape[:-1], few, many // few, anatomy.d_head)
         return torch.cat([zeros, made.unflatten(-1, (few, 2, anatomy.d_head))], -2).flatten(-3)
 
-    with _replaced(module, only):
+    with replaced(module, only):
         yield
 
 
@@ -265,7 +265,7 @@ def _only_queries(recording: Recording, layer: int) -> Iterator[None]:
         if anatomy.family.k is not None and anatomy.family.v is not None:
             wide = anatomy.n_kv_heads * anatomy.d_head
             for path in (anatomy.family.k, anatomy.family.v):
-                stack.enter_context(_replaced(at.get_submodule(path), lambda x: zeros(x, wide)))
+                stack.enter_context(replaced(at.get_submodule(path), lambda x: zeros(x, wide)))
         elif anatomy.family.layout == "concat":  # grouped rows can't be left out without a copy of the weights
             module = at.get_submodule(anatomy.family.qkv)
             kind, cut = type(module).__name__, _queries(anatomy)
@@ -277,7 +277,7 @@ def _only_queries(recording: Recording, layer: int) -> Iterator[None]:
                 def made(x: Tensor) -> Tensor:
                     return torch.cat([nn.functional.linear(x, weight[:cut], bias), zeros(x, rest)], -1)
 
-                stack.enter_context(_replaced(module, made))
+                stack.enter_context(replaced(module, made))
         yield
 
 
