@@ -111,7 +111,7 @@ class Places:
 
 def _fill(shape: tuple[int, int], cells: Cells | None, value: Callable[[int, int], float]) -> Tensor:
     """The table of a sweep, cell by cell; NaN where there is none."""
-    table = torch.full(shape, float("nan"))
+    table = torch.full(shape, float("nan"), dtype=torch.float64)
     for row, column in _all(shape) if cells is None else cells:
         table[row, column] = value(row, column)
     return table
