@@ -349,7 +349,10 @@ def _apart(here: Tensor) -> list[list[int]]:
 
 def _columns(position: Any, batch: Batch, what: str) -> Tensor:
     """(batch,) the column of a position in each row; negative ones count from the last token."""
-    column = torch.as_tensor(position, device=batch.ids.device).long()
+    try:
+        column = torch.as_tensor(position, device=batch.ids.device).long()
+    except (TypeError, ValueError, RuntimeError):
+        raise SurgeryError(f"The {what} is {position!r}, and a number is expected, or one for each prompt.") from None
     if column.dim() > 1 or (column.dim() and len(column) != len(batch)):
         raise SurgeryError(f"The {what} is one number, or one for each of the {len(batch)} prompts, and not "
                            f"{len(column)}.")  # fmt: skip

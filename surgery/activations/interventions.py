@@ -68,6 +68,9 @@ class Captured(Mapping[str, Tensor]):
         found = Site.parse(site)
         if found in self._values:
             return self._values[found]
+        if found.layer is None and any(replace(site, layer=None) == found for site in self._wanted):
+            raise SurgeryError(f"'{found}' was captured in several layers, and names none of them.",
+                               hint=f"One: '{replace(found, layer=0)}'; all: .stack('{found}').")  # fmt: skip
         if found not in self._wanted:
             raise SurgeryError(f"'{found}' was not captured.", hint=nearest(str(found), map(str, self._wanted)))
         raise SurgeryError(f"'{found}' has no value yet: no forward pass went through it.")
@@ -77,6 +80,9 @@ class Captured(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"Captured({', '.join(f'{site} {tuple(value.shape)}' for site, value in self._values.items())})"
 
     def __contains__(self, site: object) -> bool:
         return isinstance(site, (str, Site)) and Site.parse(site) in self._values
@@ -153,6 +159,9 @@ def edit(model: Any, edits: Mapping[str | Site, Edit], *, when: When = "always")
     """
     if when not in ("always", "prefill", "decode"):
         raise SurgeryError(f"when={when!r}: expected 'always', 'prefill' or 'decode'.")
+    if not isinstance(edits, Mapping):
+        raise SurgeryError(f"Edits are written {{site: what takes its place}}, and this is {type(edits).__name__}.",
+                           hint="edit(model, {'z.3.2@-1': 0.0})")  # fmt: skip
     model = _called(model)
     anatomy = anatomy_of(model)
     visits: dict[Site, list[Callable[[Tensor, Call], Tensor | None]]] = {}

@@ -83,6 +83,11 @@ class Anatomy:
         self.logit_scale: float = (getattr(config, "logit_scale", None) or 1.0) / getattr(config, "logits_scaling", 1.0)
         self._self_check = _SelfCheck(model)
 
+    def __repr__(self) -> str:
+        kind = "parallel blocks" if self.parallel else "blocks"
+        return (f"Anatomy({self.name}: {self.n_layers} {kind} of {self.n_heads} heads ({self.n_kv_heads} of keys and "
+                f"values) of {self.d_head}, stream of {self.d_model})")  # fmt: skip
+
     def _kv_heads(self) -> int:
         if self.family.k is not None:
             return width(self.blocks[0].get_submodule(self.family.k), output=True) // self.d_head

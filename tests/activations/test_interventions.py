@@ -279,6 +279,8 @@ def test_wrong_edits_are_named_and_leave_no_trace(edits, sentence):
         run(model, CLEAN, edits=edits)
     with pytest.raises(SurgeryError, match="when='later': expected 'always', 'prefill' or 'decode'"):
         edit(model, {}, when="later").__enter__()
+    with pytest.raises(SurgeryError, match="Edits are written {site: what takes its place}, and this is str"):
+        edit(model, "z.1").__enter__()
 
 
 # ---- several at once
@@ -360,6 +362,9 @@ def test_captured_by_any_spelling():
         seen.stack("attn_out")
     with pytest.raises(SurgeryError, match="(?s)'resid_post' was not captured in any layer.*resid_post.0@-1"):
         seen.stack("resid_post")  # one place of it was
+    with pytest.raises(SurgeryError, match=r"(?s)'resid_post@-1' was captured in several.*stack\('resid_post@-1'\)"):
+        seen["resid_post@-1"]
+    assert "z.1 (4, 9, 4, 8)" in repr(seen) and repr(anatomy_of(model)).startswith("Anatomy(llama: 3 blocks of 4 heads")
     seen.clear()
     assert len(seen) == 0
 

@@ -207,6 +207,7 @@ def test_knockout_is_a_mask(name):
     [
         ({"source": 4}, "The source of prompt 2 is 4, and it has 4 tokens"),
         ({"source": 1, "destination": [0, 0, -5, 0]}, "The destination of prompt 2 is -5, and it has 4 tokens"),
+        ({"source": "the"}, "The source is 'the', and a number is expected, or one for each prompt"),
         ({"source": [1, 2]}, "The source is one number, or one for each of the 4 prompts, and not 2"),
         (
             {"source": 3, "destination": 2},
