@@ -1,5 +1,7 @@
 """Patching sweeps against one whole forward pass a cell, on every family; effects, directions, places, budgets."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -25,6 +27,12 @@ CLOSE = 3e-6
 """Effects of order one, float32, the same kernel: fast against one whole pass a cell."""
 
 
+@functools.cache
+def kept(name, attn="sdpa"):
+    """A model that tests only look at; `build` makes one that they may change."""
+    return build(name, attn)
+
+
 def sites_of(name):
     absent = {"resid_mid"} if name in PARALLEL else {"mlp_post"} if name in MIXTURES else set()
     return [site for site in SITES if site not in absent]
@@ -32,13 +40,13 @@ def sites_of(name):
 
 def built(name, site):
     """Falcon's eager attention is another function than its sdpa one where there is alibi."""
-    return build(name, "eager" if name == "falcon_alibi" and site == "pattern" else "sdpa")
+    return kept(name, "eager" if name == "falcon_alibi" and site == "pattern" else "sdpa")
 
 
 def parts_of(name, site, wanted=(0, 3)):
     if site in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"):
         return None
-    return [p for p in wanted if site not in ("k", "v") or p < anatomy_of(build(name)).n_kv_heads]
+    return [p for p in wanted if site not in ("k", "v") or p < anatomy_of(kept(name)).n_kv_heads]
 
 
 def both(model, *arguments, **more):
@@ -69,7 +77,7 @@ def test_every_site_of_every_family(name):
 def test_every_position_of_padded_prompts_in_both_directions(name, site):
     if site not in sites_of(name):
         return
-    model, parts = build(name), parts_of(name, site, (1,))
+    model, parts = kept(name), parts_of(name, site, (1,))
     for direction in ("denoising", "noising"):
         found = both(model, GOOD, BAD, DIFF, site, by="position", direction=direction, parts=parts)
         values = found.values.reshape(4, 3, 9)
@@ -129,7 +137,7 @@ def test_by_hand():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_putting_the_whole_stream_back_recovers_the_clean_run(name):
-    model = build(name)
+    model = kept(name)
     found = patch(model, CLEAN, CORRUPT, DIFF, by="all")
     # 1 of the recovery, -1 of the damage: each pair's own, within rounding
     np.testing.assert_allclose(found.values, np.array(found.columns["span"])[:, None].repeat(3, 1), rtol=0, atol=CLOSE)
@@ -140,7 +148,7 @@ def test_putting_the_whole_stream_back_recovers_the_clean_run(name):
 
 
 def test_what_changes_nothing_is_exactly_zero():
-    model = build("gpt2")
+    model = kept("gpt2")
     found = patch(model, CLEAN, CORRUPT, DIFF)
     differ = (CLEAN != CORRUPT).any(0)
     assert differ.tolist() == [False] * 3 + [True, False, True] + [False] * 3
@@ -158,7 +166,7 @@ def test_what_changes_nothing_is_exactly_zero():
 
 
 def test_layers_positions_and_parts_are_cells_of_the_whole():
-    model = build("llama_gqa")
+    model = kept("llama_gqa")
     whole = patch(model, GOOD, BAD, DIFF)
     some = patch(model, GOOD, BAD, DIFF, layers=[2, 0], positions=[5, 3])
     assert list(some.axes["layer"]) == [2, 0] and list(some.axes["position"]) == [5, 3]
@@ -186,7 +194,7 @@ ANCHORS = {"subject": ([3, 5, 2, 4], [4, 6, 1, 0]), "end": (-1, -1), "begin": (0
 )
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
 def test_anchors_of_prompts_of_unequal_length(site, direction):
-    model = build("gpt2")
+    model = kept("gpt2")
     parts = None if parts_of("gpt2", site) is None or site == "mlp_in" else [2]
     found = both(model, GOOD, UNEQUAL, DIFF, site, direction=direction, anchors=ANCHORS, parts=parts)
     assert list(found.axes["position"]) == ["subject", "end", "begin"]
@@ -218,7 +226,7 @@ def test_anchors_of_prompts_of_unequal_length(site, direction):
 @pytest.mark.parametrize("site, more", [("resid_pre", {}), ("z", {}), ("k", {"by": "position", "positions": [3, 5]}),
                                         ("pattern", {}), ("mlp_post", {"parts": range(7)})])  # fmt: skip
 def test_a_tight_budget_equals_a_wide_one(site, more):
-    model = build("llama_gqa")
+    model = kept("llama_gqa")
     wide = patch(model, GOOD, BAD, DIFF, site, **more)
     steps = []
     for budget in (1, 20_000, 100_000):
@@ -250,7 +258,7 @@ def mine(logits):
 @pytest.mark.parametrize("budget", [1, 1 << 30])
 @pytest.mark.parametrize("site", ["resid_pre", "z"])
 def test_a_function_of_all_logits_as_metric(site, budget):
-    model = build("gpt2")
+    model = kept("gpt2")
     found = both(model, CLEAN, CORRUPT, mine, site, budget=budget)
     wanted = patch(model, CLEAN, CORRUPT, DIFF, site)
     np.testing.assert_allclose(found.values, wanted.values, rtol=0, atol=CLOSE)
@@ -262,7 +270,7 @@ def test_a_function_of_all_logits_as_metric(site, budget):
 
 @pytest.mark.parametrize("make", [lambda logits: prob(ANSWERS[:, 0]), lambda logits: kl(logits)], ids=["prob", "kl"])
 def test_metrics_of_the_whole_distribution(make):
-    model = build("gemma2")
+    model = kept("gemma2")
     metric = make(run(model, CLEAN)[0][:, -1])
     found = both(model, CLEAN, CORRUPT, metric, "attn_out", positions=[3, 8])
     if metric.name == "kl":
@@ -288,7 +296,7 @@ def test_padding_on_either_side_and_the_models_own_mode_make_no_difference():
 
 def test_padding_is_no_longer_than_it_must_be():
     """Columns that no prompt reaches don't count: one more pad token changes nothing, on either side of a pair."""
-    model = build("llama_gqa")
+    model = kept("llama_gqa")
     wide = encode(None, [*GOOD.ids.tolist(), CLEAN[0].tolist() * 2]).select(slice(4))
     wide = type(GOOD)(wide.ids, torch.nn.functional.pad(GOOD.mask, (0, wide.ids.shape[1] - 9)))
     wanted = patch(model, GOOD, BAD, DIFF)
@@ -300,7 +308,7 @@ def test_padding_is_no_longer_than_it_must_be():
 
 def test_short_prompts():
     """Fewer tokens than heads; and a single one."""
-    model = build("gpt2")
+    model = kept("gpt2")
     for length in (1, 2, 3):
         clean, corrupt = CLEAN[:, 3 : 3 + length], CORRUPT[:, 3 : 3 + length]
         for site in SITES:
@@ -326,7 +334,7 @@ def test_bf16(name):
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "gpt_neox"])
 def test_inside_of_an_edit_the_edited_model_is_patched(name, change):
-    model = build(name)
+    model = kept(name)
     plain = patch(model, CLEAN, CORRUPT, DIFF, by="all")
     with edit(model, change):
         for site in ("resid_pre", "attn_out", "z", "q", "v", "mlp_post"):
@@ -352,7 +360,7 @@ def test_hooks_that_transformers_leaves_behind_do_not_slow_a_sweep_down(monkeypa
 
 
 def test_results(tmp_path):
-    model = build("gpt2")
+    model = kept("gpt2")
     found = patch(model, CLEAN, CORRUPT, DIFF)
     assert list(found.axes) == ["example", "layer", "position"] and found.values.shape == (4, 3, 9)
     assert list(found.axes["layer"]) == [0, 1, 2] and list(found.axes["position"]) == list(range(9))
