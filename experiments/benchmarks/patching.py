@@ -86,6 +86,8 @@ class Case(NamedTuple):
         return AIMS[self.model] if self.first else None if self.model.startswith("toy") else NO_PREFIX
 
 
+COMPARED = ("hooks", "bridge, no_grad")
+"""Whose values are held against ours: the others' are the same, bit for bit."""
 SWEEPS = [("resid_pre", 5), ("resid_pre", 0), ("z", 5), ("q", 5), ("k", 5), ("v", 5)]
 
 
@@ -141,7 +143,7 @@ def sweep_row(subject: Subject, case: Case, rounds: int, cells: int | None) -> d
     data = clean, corrupt, answers = subject.pairs(case.first)
     metric, arms = logit_diff(answers), subject.arms(case.site)
     seconds: dict[str, list[float]] = {name: [] for name in ("ours", *arms)}
-    rates, tables, measured = [], {}, {}
+    rates, tables = [], {}
     for turn in range(rounds):
         rates.append(subject.rate())
         took, found = timed(lambda: patch(subject.model, clean, corrupt, metric, case.site))
@@ -153,20 +155,21 @@ def sweep_row(subject: Subject, case: Case, rounds: int, cells: int | None) -> d
                 took, tables[name] = timed(lambda run=run, model=model: run(model, *data))
             elif not turn:
                 took = peers.timed(run, model, *data, measure=cells).total
-                chosen = spread(found.values.shape[1:], case.first if case.site == "resid_pre" else 0, cells)
-                tables[name] = run(model, *data, cells=chosen)
+                if name in COMPARED:
+                    chosen = spread(found.values.shape[1:], case.first if case.site == "resid_pre" else 0, cells)
+                    tables[name] = run(model, *data, cells=chosen)
             else:
                 continue
             seconds[name].append(took)
-            measured[name] = int((~tables[name].isnan()).sum()) if cells is None else cells
     median = {name: statistics.median(times) for name, times in seconds.items()}
     multiply_adds = least(subject.work, clean, corrupt, case.site)
     median["floor"] = multiply_adds / statistics.median(rates)
     values = torch.tensor(found.values.mean(0) + sum(found.columns["corrupt"]) / len(clean))
-    apart = {name: (table - values).abs().nan_to_num().max().item() for name, table in tables.items()}
+    apart = {name: (tables[name] - values).abs().nan_to_num().max().item() for name in COMPARED}
     bridges = ("bridge", "bridge, no_grad")
     return {
-        **case._asdict(), "cells": values.numel(), "rounds": rounds, "measured": measured, "seconds": median,
+        **case._asdict(), "cells": values.numel(), "rounds": rounds, "measured": cells or values.numel(),
+        "seconds": median,
         "spread": {name: max(times) / min(times) for name, times in seconds.items()},
         "multiply_adds": multiply_adds, "rate": statistics.median(rates), "aim": case.aim,
         "times_faster": {name: median[name] / median["ours"] for name in arms},
@@ -221,10 +224,10 @@ def precision(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
                 run, _ = subject.arms(site)["hooks"]
                 heads = subject.work.kv_heads if site == "k" else subject.work.heads
                 columns = LENGTH if site == "resid_pre" else heads
-                cells = spread((subject.work.layers, columns), 5 if site == "resid_pre" else 0, 4)
-                where = tuple(torch.tensor(cells).T)
-                hooks[name][site] = run(model, clean, corrupt, answers, cells=cells)[where]
-                ours[name][site] = torch.stack([_cell(model, clean, corrupt, answers, site, *cell) for cell in cells])
+                cells = spread((subject.work.layers, columns), 5 if site == "resid_pre" else 0, 3)
+                table = run(model, clean, corrupt, answers, cells=cells)
+                hooks[name][site] = torch.stack([table[cell] for cell in cells])
+                ours[name][site] = _values(model, clean, corrupt, answers, site, cells)
         for site in sites:
             apart = {name: _apart(ours[name][site], hooks[name][site]) for name in ours}
             rounding = {"float32": _apart(hooks["float32"][site], hooks["float64"][site]),
@@ -234,11 +237,16 @@ def precision(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
     return found
 
 
-def _cell(model: Any, clean: Tensor, corrupt: Tensor, answers: Tensor, site: str, layer: int, column: int) -> Tensor:
-    """One cell of ours: the mean metric, as the peers have it."""
-    places = {"positions": [column]} if site == "resid_pre" else {"parts": [column]}
-    found = patch(model, clean, corrupt, logit_diff(answers), site, layers=[layer], **places)
-    return torch.tensor(found.values.ravel() + found.columns["corrupt"]).mean()
+def _values(
+    model: Any, clean: Tensor, corrupt: Tensor, answers: Tensor, site: str, cells: Sequence[tuple[int, int]]
+) -> Tensor:
+    """Some cells of ours: the mean metric, as the peers have it."""
+    layers, columns = (sorted(set(numbers)) for numbers in zip(*cells, strict=True))
+    some = {"positions": columns} if site == "resid_pre" else {"parts": columns}
+    found = patch(model, clean, corrupt, logit_diff(answers), site, layers=layers, **some)
+    before = sum(found.columns["corrupt"]) / len(clean)
+    table = torch.tensor(found.values.mean(0) + before)
+    return torch.stack([table[layers.index(layer), columns.index(column)] for layer, column in cells])
 
 
 def _apart(some: Tensor, others: Tensor) -> float:

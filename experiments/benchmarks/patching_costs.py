@@ -53,13 +53,16 @@ class Forward:
         with torch.no_grad():
             return self.model(self.clean, use_cache=False).logits
 
-    def row(self, what: str, work: Callable[[], Any], loop: float, seconds: float | None = None) -> dict[str, Any]:
-        """The cost of `work`, beside a loop of `loop` forwards (which took `seconds`, if it was run)."""
-        multiply_adds, mine, _ = measured(work)
-        theirs = loop * self.seconds if seconds is None else seconds
+    def row(
+        self, what: str, work: Callable[[], Any], loop: Callable[[Any], float], seconds: float | None = None
+    ) -> dict[str, Any]:
+        """The cost of `work`, beside a loop of `loop(result)` forwards (which took `seconds`, if it was run)."""
+        multiply_adds, mine, result = measured(work)
+        forwards = loop(result)
+        theirs = forwards * self.seconds if seconds is None else seconds
         return {
             "what": what, "forwards": multiply_adds / self.multiply_adds, "in_forwards": mine / self.seconds,
-            "seconds": mine, "loop_forwards": loop, "loop_seconds": theirs, "loop_run": seconds is not None,
+            "seconds": mine, "loop_forwards": forwards, "loop_seconds": theirs, "loop_run": seconds is not None,
             "times_faster": theirs / mine,
         }  # fmt: skip
 
@@ -82,12 +85,12 @@ def paths(forward: Forward) -> list[dict[str, Any]]:
         for position, where in ((-1, "last token"), (None, "all tokens")):
             if receivers != "logits" and position is not None:
                 continue
-            loop = path_patch(model, *data, metric, receivers=receivers, position=position).meta["cost"]["loop"]
 
             def work(receivers: Any = receivers, position: Any = position) -> Any:
                 return path_patch(model, *data, metric, receivers=receivers, position=position)
 
-            found.append(forward.row(f"path patching, {what}, {where}", work, loop))
+            name = f"path patching, {what}, {where}"
+            found.append(forward.row(name, work, lambda result: result.meta["cost"]["loop"]))
     return found
 
 
@@ -99,9 +102,8 @@ def edges(forward: Forward) -> list[dict[str, Any]]:
         def work(method: str = method) -> Any:
             return eap(forward.model, forward.clean, forward.corrupt, metric, method=method, steps=STEPS)
 
-        edges = work().graph.n_edges
-        name = "EAP" if method == "eap" else f"EAP-IG, {STEPS} steps"
-        found.append(forward.row(f"{name}, {edges} edges", work, edges + 1))
+        name = "EAP, all edges" if method == "eap" else f"EAP-IG, {STEPS} steps, all edges"
+        found.append(forward.row(name, work, lambda scores: scores.graph.n_edges + 1))
     return found
 
 
@@ -114,9 +116,14 @@ def masks(forward: Forward) -> list[dict[str, Any]]:
         return learn_mask(model, swapped, validation=swapped, epochs=EPOCHS, batch_size=len(target), check=EPOCHS)
 
     multiply_adds, seconds, by_loop = measured(lambda: plain_mask(forward, target))
-    loop = multiply_adds / forward.multiply_adds
+    learned: list[Mask] = []
+
+    def loop(mask: Mask) -> float:
+        learned.append(mask)
+        return multiply_adds / forward.multiply_adds
+
     row = forward.row(f"DCM, {EPOCHS} steps, heads at the last token", ours, loop, seconds)
-    row["apart"] = _apart(ours().history["loss"].values.ravel(), by_loop)
+    row["apart"] = _apart(learned[0].history["loss"].values.ravel(), by_loop)
     return [row]
 
 

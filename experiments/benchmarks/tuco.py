@@ -221,7 +221,8 @@ def main() -> None:
     models: dict[str, Callable[[], Any]] = {"GPT-2 small": gpt2, "small Llama": llama}
     if args.smollm2:
         models["SmolLM2-135M"] = lambda: load(zoo.get("smollm2"), "float32")[0]
-    rows = []
+    rows: list[dict[str, Any]] = []
+    load_before = os.getloadavg()[0]
     print(HEAD, flush=True)
     for name, make in models.items():
         try:
@@ -234,6 +235,7 @@ def main() -> None:
             print("\n".join(lines(rows[-1])), flush=True)
     report = {
         "threads": 1, "rounds": 3 if args.quick else args.rounds, "alpha": ALPHA, "aims": AIMS, "rows": rows,
+        "cores": os.cpu_count(), "load_average": {"before": load_before, "after": os.getloadavg()[0]},
         "surgery": surgery.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
         "python": platform.python_version(),
     }  # fmt: skip
