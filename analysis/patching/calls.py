@@ -282,8 +282,10 @@ def _drawn(size: int, others: int, same: bool, seed: int) -> Tensor:
 def _moved(value: Tensor, moved: tuple[Tensor, Tensor] | None, base: Batch, pattern: bool = False) -> Tensor:
     """Values of the source on the base's columns: cut to its width, or each anchor put where it stands there."""
     width = base.ids.shape[1]
+    if moved is None and pattern:
+        return value if value.shape[2] == width else value[..., :width, :width]
     if moved is None:
-        return value[..., :width, :width] if pattern else value[:, :width]
+        return value[:, :width]
     here, there = moved
     rows = torch.arange(len(value), device=value.device)[:, None]
     found = value.new_zeros(len(value), width, *value.shape[2:])

@@ -123,7 +123,8 @@ class Run:
             self.anatomy.expand([Site(self.site, 0, part) for part in self.parts])
         self.metric = self.metric.to(self.model.device)
         self.metric.check(len(self.base), self.anatomy.embed.weight.shape[0])
-        self.reuse = self.reuse and self.site in KEPT and not _hooked(self.anatomy)
+        apart = self.anatomy.heads_apart or self.site not in ("q", "k", "v", "pattern")
+        self.reuse = self.reuse and self.site in KEPT and apart and not _hooked(self.anatomy)
 
     def __call__(
         self, places: Sequence[Place], values: Callable[[slice], Source], progress: Progress | None

@@ -45,8 +45,10 @@ def run(
             entered = [-1 if s.name == "embed" else anatomy.n_layers - 1 if s.layer is None else
                        s.layer - (s.name == "resid_pre") for s in wanted]  # fmt: skip
             first = max(entered, default=-1) + 1
-            behind = Site("resid_pre", first) if first < anatomy.n_layers else Site("final")
-            stack.callback(detach, attach(anatomy, behind, _stop))
+            if first < anatomy.n_layers:
+                stack.callback(detach, attach(anatomy, Site("resid_pre", first), _stop))
+            else:
+                stack.callback(anatomy.head.register_forward_pre_hook(_stop).remove)
         try:
             logits = model(**batch.inputs(model), use_cache=False).logits
         except _Stopped:
@@ -54,5 +56,5 @@ def run(
     return logits, seen
 
 
-def _stop(value: Tensor) -> None:
+def _stop(*value: Any) -> None:
     raise _Stopped

@@ -226,7 +226,7 @@ def _without_queries(recording: Recording, layer: int) -> Iterator[None]:
     anatomy, at = recording.anatomy, recording.anatomy.blocks[layer]
     if anatomy.family.q is not None:
         wide = _queries(anatomy)
-        with replaced(at.get_submodule(anatomy.family.q), lambda x: x.new_zeros(1).expand(*x.shape[:-1], wide)):
+        with replaced(at.get_submodule(anatomy.family.q), lambda x: _zeros(x, wide)):
             yield
         return
     module = at.get_submodule(anatomy.family.qkv)
@@ -241,7 +241,7 @@ def _without_queries(recording: Recording, layer: int) -> Iterator[None]:
         if anatomy.family.layout == "concat":
             cut = _queries(anatomy)
             made = nn.functional.linear(x, weight[cut:], None if bias is None else bias[cut:])
-            return torch.cat([x.new_zeros(1).expand(*x.shape[:-1], cut), made], -1)
+            return torch.cat([_zeros(x, cut), made], -1)
         few, many = anatomy.n_kv_heads, anatomy.n_heads
         shape = (few, many // few + 2, anatomy.d_head)
         part = weight.unflatten(0, shape)[:, -2:].flatten(0, 2)
@@ -258,14 +258,11 @@ def _only_queries(recording: Recording, layer: int) -> Iterator[None]:
     """The key and value projections give zeros meanwhile: for few rows, reading their weights is what they cost."""
     anatomy, at = recording.anatomy, recording.anatomy.blocks[layer]
 
-    def zeros(x: Tensor, wide: int) -> Tensor:
-        return x.new_zeros(1).expand(*x.shape[:-1], wide)
-
     with ExitStack() as stack:
         if anatomy.family.k is not None and anatomy.family.v is not None:
             wide = anatomy.n_kv_heads * anatomy.d_head
             for path in (anatomy.family.k, anatomy.family.v):
-                stack.enter_context(replaced(at.get_submodule(path), lambda x: zeros(x, wide)))
+                stack.enter_context(replaced(at.get_submodule(path), lambda x: _zeros(x, wide)))
         elif anatomy.family.layout == "concat":  # grouped rows can't be left out without a copy of the weights
             module = at.get_submodule(anatomy.family.qkv)
             kind, cut = type(module).__name__, _queries(anatomy)
@@ -275,10 +272,15 @@ def _only_queries(recording: Recording, layer: int) -> Iterator[None]:
                 rest = len(weight) - cut
 
                 def made(x: Tensor) -> Tensor:
-                    return torch.cat([nn.functional.linear(x, weight[:cut], bias), zeros(x, rest)], -1)
+                    return torch.cat([nn.functional.linear(x, weight[:cut], bias), _zeros(x, rest)], -1)
 
                 stack.enter_context(replaced(module, made))
         yield
+
+
+def _zeros(x: Tensor, wide: int) -> Tensor:
+    """(..., wide) zeros in place of what is made of x (..., d_model), of which one row is there in memory."""
+    return x.new_zeros(wide).expand(*x.shape[:-1], wide)
 
 
 def _queries(anatomy: Any) -> int:

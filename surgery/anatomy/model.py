@@ -81,6 +81,8 @@ class Anatomy:
             ) from error
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.logit_scale: float = (getattr(config, "logit_scale", None) or 1.0) / getattr(config, "logits_scaling", 1.0)
+        self.heads_apart = True
+        """Whether each head's z comes of its own query, key and value alone; found by the check."""
         self._self_check = _SelfCheck(model)
 
     def __repr__(self) -> str:
@@ -276,6 +278,27 @@ class _SelfCheck:
                 last = kept.layers[layer].values[0, :, -1]  # some caches hold a value for every query head
                 self._same(anatomy, f"v.{layer} is what the cache keeps", last,
                            at["v"][0, -1].repeat_interleave(len(last) // anatomy.n_kv_heads, 0))  # fmt: skip
+        if anatomy.name not in FAMILIES and anatomy.n_kv_heads > 1:
+            anatomy.heads_apart = self._apart(anatomy, model, ids, seen)
+
+    @staticmethod
+    def _apart(anatomy: Anatomy, model: Any, ids: Tensor, seen: dict[Site, Tensor]) -> bool:
+        """Whether the values of the first heads reach only their own z: no norm over heads, no heads in pairs."""
+        import torch
+
+        v, z = Site("v", anatomy.n_layers - 1), Site("z", anatomy.n_layers - 1)
+        found: list[Tensor] = []
+
+        def change(value: Tensor) -> Tensor:
+            return torch.cat([value[:, :, :1] + 1, value[:, :, 1:]], 2)
+
+        def visit(site: Site) -> Any:
+            return change if site == v else found.append
+
+        with _evaluating(model), torch.no_grad(), _attached(anatomy, [v, z], visit):
+            model(ids)
+        before, after = (value[:, :, anatomy.group :].float() for value in (seen[z], found[0]))
+        return bool((before - after).abs().max() <= 1e-3 * before.abs().max())
 
     def _same(self, anatomy: Anatomy, what: str, one: Tensor, other: Tensor) -> None:
         import torch

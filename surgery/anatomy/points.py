@@ -45,7 +45,7 @@ def attach(anatomy: Anatomy, site: Site, visit: Visit) -> list[Handle]:
     if site.name == "resid_mid":
         return _mid(anatomy, layer, visit)
     if site.name in ("scores", "pattern"):
-        return _softmax(anatomy.attention(layer), site.name, visit)
+        return [_Softmaxes(anatomy.attention(layer), site.name, _by_head(visit, anatomy.n_heads))]
     if site.name == "attn_out":
         return [_on_output(anatomy.attn_writer(layer), visit)]
     if site.name == "z":
@@ -271,5 +271,13 @@ class _Softmaxes:
             self.entered.pop().__exit__(None, None, None)
 
 
-def _softmax(module: nn.Module, name: str, visit: Visit) -> list[Handle]:
-    return [_Softmaxes(module, name, visit)]
+def _by_head(visit: Visit, count: int) -> Visit:
+    """Some families run (batch * head, dst, src) through the softmax."""
+
+    def visit_heads(value: Tensor) -> Tensor | None:
+        if value.dim() != 3:
+            return visit(value)
+        new = visit(value.unflatten(0, (-1, count)))
+        return None if new is None else new.flatten(0, 1)
+
+    return visit_heads

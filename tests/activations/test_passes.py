@@ -7,6 +7,7 @@ import pytest
 import torch
 from activations.families import FAMILIES, PARALLEL, build, prompts
 from activations.state import disturbed, unchanged
+from activations.unlisted import build_unlisted
 
 from surgery.activations import capture, edit, run
 from surgery.anatomy import anatomy_of
@@ -211,6 +212,26 @@ def test_a_pass_that_stops_runs_no_later_block_and_no_head(name, sites, blocks):
         assert logits is None and ran == list(range(blocks))
         logits, whole = run(model, CLEAN, sites)
     assert all(torch.equal(seen[site], whole[site]) for site in sites) and logits.shape == (4, 9, 60)
+
+
+def test_patterns_come_by_head_also_where_heads_and_prompts_are_one_axis():
+    model = build_unlisted("xglm")
+    a = anatomy_of(model)
+    _, seen = run(model, CLEAN, ["pattern.1", "scores.1", "v.1", "z.1"], edits={"pattern.1.2": lambda x: x.flip(-1)})
+    assert seen["pattern.1"].shape == seen["scores.1"].shape == (4, 4, 9, 9)
+    z = torch.einsum("bhds,bshe->bdhe", seen["pattern.1"], seen["v.1"])
+    torch.testing.assert_close(z, seen["z.1"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(seen["scores.1"][:, 3].softmax(-1), seen["pattern.1"][:, 3], rtol=0, atol=1e-6)
+    assert a.n_kv_heads == 4
+
+
+def test_a_last_norm_that_runs_before_the_blocks_too():
+    model = build_unlisted("nanochat")
+    logits, seen = run(model, CLEAN, ["final", "resid_post.2"])
+    _, kept = run(model, CLEAN, ["final@-1", "resid_post.2"], stop=True)
+    assert torch.equal(kept["final@-1"], seen["final"][:, -1]) and torch.equal(
+        kept["resid_post.2"], seen["resid_post.2"]
+    )
 
 
 def test_run_evaluates_without_gradients_whatever_the_model_is_set_to():
