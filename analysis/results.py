@@ -302,6 +302,9 @@ class Result:
             raise SurgeryError(f"Result '{self.name}' has no column '{by}'.", hint=f"Its columns: {known}.")
         return [{by: entry, **group.summary()} for entry, group in self.by(by).items()]
 
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
     def __str__(self) -> str:
         if self.values.ndim > 1:
             return f"{self.name}: {' x '.join(f'{len(v)} {k}' for k, v in self.axes.items())}"
