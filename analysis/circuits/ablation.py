@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from analysis.patching.calls import drawn_others
 from surgery.activations.passes import run
 from surgery.anatomy import anatomy_of
 from surgery.errors import SurgeryError
@@ -75,7 +76,7 @@ def reference_of(own: Batch, others: Batch | None, ablation: Ablation, align: Al
                            f"{0 if others is None else len(others)} of them.",
                            hint="Pass them as reference=, in the order of the prompts.")  # fmt: skip
     if ablation == "resample":
-        reference = reference.select(_drawn(len(own), len(reference), others is None, seed))
+        reference = reference.select(drawn_others(len(own), len(reference), others is None, seed))
     if ablation != "zero" and align is None:
         _one_length(own, reference, pairs=ablation != "mean")
     return reference
@@ -126,19 +127,6 @@ def _placed(value: Tensor, batch: Batch, from_end: bool) -> Tensor:
     places = torch.arange(value.shape[1], device=value.device)
     columns = (batch.lengths[:, None] - 1 - places).clamp(min=0)
     return value[torch.arange(len(value), device=value.device)[:, None], columns]
-
-
-def _drawn(size: int, others: int, same: bool, seed: int) -> Tensor:
-    """For each prompt one of the others; of the prompts themselves a permutation without fixed points."""
-    generator = torch.Generator().manual_seed(seed)
-    if not same:
-        return torch.randint(others, (size,), generator=generator)
-    if size < 2:
-        raise SurgeryError("One prompt can't be resampled from itself.", hint="Pass reference prompts.")
-    order = torch.randperm(size, generator=generator)  # one cycle through all: nobody stays in place
-    drawn = torch.empty(size, dtype=torch.long)
-    drawn[order] = order.roll(1)
-    return drawn
 
 
 def _one_length(own: Batch, others: Batch, pairs: bool) -> None:

@@ -233,7 +233,7 @@ def _ablated(
         return lambda rows: lambda layer: means[layer]
     if value != "resample":
         raise SurgeryError(f"value={value!r}: expected 'zero', 'mean', 'position_mean', 'resample' or a number.")
-    order = _drawn(len(base), len(others), others is base, seed)
+    order = drawn_others(len(base), len(others), others is base, seed)
     drawn = others.select(order)
     if bool((drawn.lengths < base.lengths).any()):
         raise SurgeryError("A resampled prompt is shorter than the one that it stands in for.",
@@ -266,7 +266,7 @@ def _means(model: Any, others: Batch, site: str, by_position: bool) -> list[Tens
     return found
 
 
-def _drawn(size: int, others: int, same: bool, seed: int) -> Tensor:
+def drawn_others(size: int, others: int, same: bool, seed: int) -> Tensor:
     """For each prompt one of the others; of the prompts themselves a permutation without fixed points."""
     generator = torch.Generator().manual_seed(seed)
     if not same:

@@ -59,6 +59,7 @@ def receivers_of(wanted: str | Sequence[str | Site], anatomy: Anatomy) -> dict[S
 
 
 def senders_of(wanted: str | Sequence[str | Site], anatomy: Anatomy) -> list[Sender]:
+    """The heads that send, (layer, head). Raises `SurgeryError` for what is none."""
     found: dict[Sender, None] = {}
     for site in anatomy.expand(_list(wanted)):
         if site.name != "z":

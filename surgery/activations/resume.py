@@ -158,6 +158,7 @@ def _from_mid(recording: Recording, layer: int, added: Tensor, start: int, last:
 
 
 def returning(value: Tensor, count: int) -> Callable[..., Any]:
+    """What stands in for an attention module that returns `count` things, the value first."""
     return lambda *_, **__: value if count == 1 else (value, *[None] * (count - 1))
 
 

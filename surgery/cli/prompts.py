@@ -138,6 +138,7 @@ def metric(
 
 
 def checked_outputs(out: Path | None, plot: Path | None, force: bool) -> None:
+    """Raises `SurgeryError` for an output that exists (without `force`), and for a figure of no known type."""
     if out is not None and not force:
         taken = [f for f in (out.with_suffix(".json"), out.with_suffix(".safetensors")) if f.exists()]
         if taken:

@@ -246,6 +246,7 @@ def _list(prompt: Any) -> Any:
 
 
 def padded(rows: Sequence[list[int]], pad: int, side: Side, max_length: int | None) -> Batch:
+    """Rows of ids in one batch, `pad` on one side; of longer ones the last `max_length` tokens."""
     if side not in ("left", "right"):
         raise SurgeryError(f"Padding goes left or right, and not '{side}'.")
     if max_length is not None and max_length < 1:
