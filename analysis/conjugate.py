@@ -32,7 +32,7 @@ from surgery.registry import Registry
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from surgery.training.rollouts import Generator, Rollout, Sampling
+    from surgery.decoding import Generator, Rollout, Sampling
 
 Function = Callable[[str], str]
 
@@ -130,7 +130,7 @@ def conjugate(
     """
     from torch import nn
 
-    from surgery.training.rollouts import LocalGenerator, Sampling
+    from surgery.decoding import LocalGenerator, Sampling
 
     if isinstance(encode, str | Transform):
         if decode is not None:

@@ -27,8 +27,7 @@ from surgery.tasks import TASKS, Example, Task, verify
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from surgery.training.decoding import Decoder
-    from surgery.training.rollouts import Generator, Rollout
+    from surgery.decoding import Decoder, Generator, Rollout
 
 __all__ = [
     "accuracy", "answer_log_likelihood", "evaluate", "evaluate_tasks", "generate", "labels_of", "load", "perplexity",
@@ -65,7 +64,7 @@ def evaluate(
     A `Generator` samples by its own settings (`temperature`, `max_new_tokens` are not used). Raises `SurgeryError` when
     the tokenizer is missing, no row is left, or a prompt does not fit into the context.
     """
-    from surgery.training.rollouts import Sampling
+    from surgery.decoding import Sampling
 
     if isinstance(model, (str, Path)):
         model, tokenizer = load(model)
@@ -109,7 +108,7 @@ def respond(
     progress: Progress | None = None,
 ) -> list[list[Rollout]]:
     """`group` rollouts of each prompt (token ids), in the order of `prompts`; a `Generator` is used as it is."""
-    from surgery.training.rollouts import LocalGenerator
+    from surgery.decoding import LocalGenerator
 
     run: Any = LocalGenerator(model, tokenizer, sampling) if _is_local(model) else model  # type: ignore[arg-type]
     found: list[list[Rollout]] = [[] for _ in prompts]
@@ -156,7 +155,7 @@ def generate(
     progress: Progress | None = None,
 ) -> list[str]:
     """The greedy completion of each prompt, without special tokens, in the order of `prompts`."""
-    from surgery.training.rollouts import Sampling
+    from surgery.decoding import Sampling
 
     encoded = encoded_prompts(tokenizer, prompts, chat)
     sampling = Sampling(max_new_tokens, temperature=0.0, batch_size=batch_size)

@@ -230,7 +230,7 @@ class _Asked:
 
     def written(self, of_row: Sequence[int], chains: Sequence[str]) -> list[str]:
         """How the model goes on with chains, up to the marker."""
-        from surgery.training.rollouts import Sampling
+        from surgery.decoding import Sampling
 
         sampling = Sampling(self.form.max_chain_tokens, 0.0, stop=(self.form.marker,), batch_size=self.batch_size)
         drawn = respond(self.model, self._ids(of_row, chains), self.tokenizer, sampling)
@@ -288,7 +288,7 @@ class _Asked:
 
     def _texts(self, ids: list[list[int]]) -> list[str]:
         """The answers read from greedy text."""
-        from surgery.training.rollouts import Sampling
+        from surgery.decoding import Sampling
 
         sampling = Sampling(self.form.max_answer_tokens, 0.0, batch_size=self.batch_size)
         return [self.form.read(one.text) for (one,) in respond(self.model, ids, self.tokenizer, sampling)]

@@ -44,9 +44,9 @@ from analysis.evaluate import evaluate
 from analysis.plots import HATCHES
 from analysis.results import Result
 from analysis.tuco import auc_between, tuco
+from surgery.decoding import Sampling
 from surgery.training import train
 from surgery.training.data import ListRows
-from surgery.training.rollouts import Sampling
 
 RATES = {"small": 1e-4, "very small": 1e-5}
 FIRST, SECOND = "abcde", "fghij"

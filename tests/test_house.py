@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"surgery", "surgery.errors", "surgery.registry", "surgery.checkpoint", "surgery.anatomy"},
-    {"surgery.models", "surgery.zoo", "surgery.tasks", "surgery.interop"},
+    {"surgery.models", "surgery.zoo", "surgery.tasks", "surgery.interop", "surgery.decoding"},
     {"surgery.weights", "surgery.activations", "surgery.logits"},
     {"surgery.training", "surgery.tuning", "surgery.sae"},
     {"analysis"},

@@ -98,26 +98,26 @@ def passes_table(rounds: int) -> list[dict[str, Any]]:
 
 def ragged(rounds: int) -> dict[str, float]:
     """Generation of up to 64 tokens, each of which may be the last (one in 16): ended rows leave, or stay."""
-    from surgery.training import rollouts
+    from surgery.decoding import LocalGenerator, Sampling, loop
 
     shape = Shape(12, 64)
     model = shape.model()
     model.generation_config.eos_token_id = [*range(shape.vocabulary // 16), shape.vocabulary]
-    draw = rollouts.LocalGenerator(model, tokenizer(shape), rollouts.Sampling(max_new_tokens=64))
+    draw = LocalGenerator(model, tokenizer(shape), Sampling(max_new_tokens=64))
     rng = Random(0)
     prompts = [[rng.randrange(200) for _ in range(12)] for _ in range(shape.prompts)]
-    seconds: dict[float, list[float]] = {rollouts.LEAVE: [], -1.0: []}
-    drawn, usual = [], rollouts.LEAVE
+    seconds: dict[float, list[float]] = {loop.LEAVE: [], -1.0: []}
+    drawn, usual = [], loop.LEAVE
     try:
         for turn in range(rounds + 1):
             for share in seconds:
-                rollouts.LEAVE = share
+                loop.LEAVE = share
                 began = time.process_time()
                 drawn = draw(prompts, GROUP, range(turn * shape.prompts, (turn + 1) * shape.prompts))
                 if turn:
                     seconds[share].append(time.process_time() - began)
     finally:
-        rollouts.LEAVE = usual
+        loop.LEAVE = usual
     leaving, staying = (statistics.median(times) for times in seconds.values())
     length = statistics.mean(len(r.completion_ids) for r in drawn)
     return {"leaving": leaving, "staying": staying, "ratio": leaving / staying, "mean_length": length}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from surgery.decoding import Generator, Rollout
 from surgery.errors import SurgeryError
 from surgery.models import encoded_prompts, pad_id
 from surgery.training.batch import Batch, right_padded
@@ -24,7 +25,6 @@ from surgery.training.distributed import World
 from surgery.training.policy import Policy
 from surgery.training.recipe import Recipe
 from surgery.training.rewards import Rewards, Scored
-from surgery.training.rollouts import Generator, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from surgery.decoding import Generator, LocalGenerator, Sampling
 from surgery.errors import SurgeryError
 from surgery.registry import nearest
 from surgery.training import checkpoints, distributed
@@ -36,7 +37,6 @@ from surgery.training.objectives import Loss
 from surgery.training.plan import Plan, plan
 from surgery.training.policy import Policy, checkpoints_activations, without_dropout
 from surgery.training.recipe import Recipe
-from surgery.training.rollouts import Generator, LocalGenerator, Sampling
 from surgery.training.schedules import learning_rate
 from surgery.training.sources import Update
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from surgery.decoding import LocalGenerator, Sampling
 from surgery.models import encoded_prompts
 from surgery.training.data import Rows
 from surgery.training.rewards import Rewards, make_reward
-from surgery.training.rollouts import LocalGenerator, Sampling
 
 if TYPE_CHECKING:
     from surgery.training.context import Context

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.decoding import CausalDecoder, Decoder, backbone_and_head
+from surgery.decoding.cache import standard_cache
 from surgery.errors import SurgeryError
 from surgery.models import cache_name
 from surgery.training.batch import Batch
-from surgery.training.decoding import CausalDecoder, Decoder, backbone_and_head, standard_cache
 from surgery.training.summed import SummedDecoder, check_vocabularies
 
 LOGITS = 1 << 24

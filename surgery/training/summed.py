@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from surgery.decoding import CausalDecoder, State
 from surgery.errors import SurgeryError
-from surgery.training.decoding import CausalDecoder, State
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from analysis.conjugate import TRANSFORMS, Conjugated, Transform, conjugate
 from analysis.evaluate import evaluate, generate, load
+from surgery.decoding import LocalGenerator, Rollout, Sampling
 from surgery.errors import SurgeryError
 from surgery.tasks import TASKS
-from surgery.training.rollouts import LocalGenerator, Rollout, Sampling
 
 DOMAINS = {
     "rot13": st.text(),

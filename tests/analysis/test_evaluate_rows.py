@@ -9,10 +9,9 @@ import torch
 from analysis.evaluate import evaluate, evaluate_tasks, generate, labels_of, load, respond
 from analysis.rows import file_rows, stated_answer, task_rows
 from analysis.scores import plot, score
+from surgery.decoding import CausalDecoder, Rollout, Sampling
 from surgery.errors import SurgeryError
 from surgery.tasks import TASKS
-from surgery.training.decoding import CausalDecoder
-from surgery.training.rollouts import Rollout, Sampling
 from surgery.zoo import get
 
 

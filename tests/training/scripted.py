@@ -8,10 +8,10 @@ from typing import Any
 
 from tiny_runs import llama, tokenizer
 
+from surgery.decoding import Rollout
 from surgery.training.data import completion_ids
 from surgery.training.engine import Trainer
 from surgery.training.recipe import make
-from surgery.training.rollouts import Rollout
 
 
 class Scripted:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from tiny_runs import llama, many_letters, same, tokenizer, weights
 
+from surgery.decoding import LocalGenerator, Sampling
 from surgery.errors import SurgeryError
 from surgery.training import train
 from surgery.training.batch import Batch
 from surgery.training.objectives import GRPO
 from surgery.training.policy import Policy
-from surgery.training.rollouts import LocalGenerator, Sampling
 from surgery.training.summed import SummedDecoder
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [20]]

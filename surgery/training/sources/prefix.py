@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from surgery.decoding import Rollout
 from surgery.errors import SurgeryError
 from surgery.models import encoded_prompts
 from surgery.training import schedules
 from surgery.training.batch import Batch
 from surgery.training.data import Row, completion_ids
-from surgery.training.rollouts import Rollout
 from surgery.training.schedules import Cosine, Number
 from surgery.training.sources.base import SOURCES, Source, Update
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from surgery.decoding import CausalDecoder, backbone_and_head, undisturbed
 from surgery.errors import SurgeryError
-from surgery.training.decoding import CausalDecoder, backbone_and_head, undisturbed
 
 SIZE = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -79,7 +79,7 @@ def test_eager_attention_and_biased_positions():
 def test_without_a_seam_the_whole_model_is_called(monkeypatch):
     model = tiny("llama")
     expected = greedy(CausalDecoder(model), IDS * MASK, MASK, 8)
-    monkeypatch.setattr("surgery.training.decoding._same_logits", lambda *_: False)
+    monkeypatch.setattr("surgery.decoding.head._same_logits", lambda *_: False)
     slow = CausalDecoder(model)
     assert slow._head is None and torch.equal(greedy(slow, IDS * MASK, MASK, 8), expected)
 

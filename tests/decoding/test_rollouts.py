@@ -10,8 +10,9 @@ from helpers import tiny_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from surgery.decoding import LocalGenerator, Sampling, draw, truncate, uniforms
+from surgery.decoding.sampling import _mix
 from surgery.errors import SurgeryError
-from surgery.training.rollouts import LocalGenerator, Sampling, _mix, draw, truncate, uniforms
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20], [5, 6, 7]]
 SEEDS = [11, 12, 13, 2**70]

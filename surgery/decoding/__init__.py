@@ -1,0 +1,21 @@
+"""Decoding: from prompts, token after token, for one model or whatever gives logits as a model does.
+
+| file | holds |
+|---|---|
+| causal.py | `Decoder`, what decoding needs of a policy; `CausalDecoder`, that for a `transformers` model |
+| cache.py, head.py | its key-value cache with room to grow; the seam between hidden states and logits |
+| sampling.py | `Sampling`, `draw`: temperature, truncation, noise by place |
+| loop.py | `decode`: the loop; rows leave when they end |
+| rollouts.py | `Rollout`, `LocalGenerator`: prompts in, completions with their log-probabilities out |
+"""
+
+from surgery.decoding.causal import CausalDecoder, CausalState, Decoder, State
+from surgery.decoding.head import backbone_and_head, undisturbed
+from surgery.decoding.loop import decode
+from surgery.decoding.rollouts import Generator, LocalGenerator, Rollout, end_tokens
+from surgery.decoding.sampling import Sampling, draw, truncate, uniforms
+
+__all__ = [
+    "CausalDecoder", "CausalState", "Decoder", "Generator", "LocalGenerator", "Rollout", "Sampling", "State",
+    "backbone_and_head", "decode", "draw", "end_tokens", "truncate", "undisturbed", "uniforms",
+]  # fmt: skip
