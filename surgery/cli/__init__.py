@@ -16,8 +16,7 @@
 | demo.py    | `demo`                                                            |
 
 Around them: frame.py (global options, what is said and how), models.py (names of models and vectors), prompts.py
-(files of prompts), algebra.py (the formulas of `vector combine`). A new command is one function with
-`@command(app, name)`.
+(files of prompts). Formulas are those of `surgery.formula`. A new command is one function with `@command(app, name)`.
 
 Exit codes: 0 done, 1 a check failed or something went wrong while running, 2 wrong input, 130 stopped by Ctrl-C.
 """

@@ -62,6 +62,19 @@ def vector(spec: str, base: str | None = None, *, numbers: bool = True) -> TaskV
     return TaskVector.between(model(base), model(spec))
 
 
+def named(texts: Sequence[str], hint: str) -> dict[str, str]:
+    """`NAME=PATH` texts as a dictionary. Raises `SurgeryError` for another form, with `hint`, and for a name twice."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals or not name.strip() or not path or set(name) & set("'\""):
+            raise SurgeryError(f"'{text}' is not NAME=PATH.", hint=hint)
+        if name in found:
+            raise SurgeryError(f"'{name}' is given twice.")
+        found[name] = path
+    return found
+
+
 def labels(specs: Sequence[str]) -> list[str]:
     """A short name for each: the last part of its path, with a number where two are the same."""
     short = [Path(spec).name.removesuffix(".safetensors") or spec for spec in specs]

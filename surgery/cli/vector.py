@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from surgery.cli import algebra, frame, models
+from surgery import formula as formulas
+from surgery.cli import frame, models
 from surgery.cli.frame import Force, Threads, command, new_app, option
 from surgery.errors import SurgeryError
 
@@ -160,7 +161,8 @@ def combine(
 ) -> None:
     """Compute with vectors, and store the result as one.
 
-    A formula knows + - * / and brackets. One that begins with a minus needs a space before it: " -a".
+    A formula knows + - * / and brackets. One that begins with a minus needs a space before it: " -a". A name that is
+    no word is quoted: "'v1.2' + b".
 
     \b
     Examples:
@@ -172,16 +174,16 @@ def combine(
         hint = "As in: surgery vector combine 'a + 0.5*b' a=A.safetensors b=B.safetensors -o OUT."
         raise SurgeryError("Say in one way what is combined: by a formula, by --add, or by --analogy.", hint=hint)
     if formula:
-        text, files = formula[0], _named(formula[1:])
+        text, files = formula[0], models.named(formula[1:], "The formula comes first, then a=FILE b=FILE ...")
     elif analogy:
         text, files = "c + (b - a)", dict(zip("abc", analogy, strict=True))
     else:
         text, files = _sum(add or [])
-    wanted = algebra.names_in(text)
+    wanted = formulas.names_in(text, files, "vector")
     if unused := [name for name in files if name not in wanted]:
         raise SurgeryError(f"The formula '{text}' does not use '{unused[0]}'.", hint="Leave it out, or name it there.")
-    vectors = {name: models.vector(files[name], base) for name in wanted if name in files}
-    combined = _filtered(algebra.evaluate(text, vectors), only, without)
+    vectors = {name: models.vector(files[name], base) for name in wanted}
+    combined = _filtered(formulas.evaluate(text, vectors, "vector"), only, without)
     given = {"density": density, "rank": rank, "energy": energy, "block": block, "dtype": dtype, "seed": seed}
     _save(combined, out, form, given, threads, force)
 
@@ -241,18 +243,6 @@ def _own(vector: str, base: str | None, transfer: bool) -> TaskVector:
         if transfer and base is None:
             raise SurgeryError(error.problem, hint="Add --vector-base BASE.") from None
         raise
-
-
-def _named(texts: list[str]) -> dict[str, str]:
-    files: dict[str, str] = {}
-    for text in texts:
-        name, equals, file = text.partition("=")
-        if not equals or not name.isidentifier() or not file:
-            raise SurgeryError(f"'{text}' is not NAME=FILE.", hint="The formula comes first, then a=FILE b=FILE ...")
-        if name in files:
-            raise SurgeryError(f"'{name}' is given twice.")
-        files[name] = file
-    return files
 
 
 def _sum(texts: list[str]) -> tuple[str, dict[str, str]]:

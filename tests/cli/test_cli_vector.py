@@ -5,12 +5,9 @@ import json
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from surgery.cli import algebra, main
+from surgery.cli import main
 from surgery.cli.vector import FORM_OPTIONS
-from surgery.errors import SurgeryError
 from tests.cli.refusal import refused
 from tests.helpers import load_state, same_bits, save_checkpoint, tiny_checkpoint, tiny_config, tiny_family
 
@@ -95,44 +92,22 @@ def test_combine_computes_the_formula(family, vectors, tmp_path, capsys):
     ("words", "told"),
     [
         ([], "in one way"),
-        (["a + b", "a=A"], "'b'"),
-        (["a * a", "a=A"], "makes no sense"),
-        (["a + 1", "a=A"], "makes no sense"),
-        (["2 * 3"], "is a number"),
+        (["a + b", "a=A"], "no vector 'b', at character 5 of the formula:\n  a + b\n      ^\n"),
+        (["a * a", "a=A"], "can't be multiplied by a vector"),
+        (["a + 1", "a=A"], "A number can't be added to a vector"),
+        (["2 * 3"], "comes to a number"),
         (["a / 0", "a=A"], "zero"),
         (["a", "a=A", "c=A"], "'c'"),
-        (["a", "A"], "NAME=FILE"),
-        (["__import__('os').system('x')"], "can't hold"),
-        (["a.save('x')", "a=A"], "can't hold"),
-        (["a +", "a=A"], "no formula"),
+        (["a", "A"], "NAME=PATH"),
+        (["__import__('os').system('x')"], "operator is missing"),
+        (["a.save('x')", "a=A"], "can't hold '.'"),
+        (["a +", "a=A"], "formula ends"),
     ],
 )
 def test_formulas_that_are_wrong(words, told, vectors, tmp_path, capsys):
     words = [word.replace("=A", f"={vectors[0]}") for word in words]
     assert told in refused(["vector", "combine", *words, "-o", tmp_path / "out"], capsys)
     assert not (tmp_path / "out").exists()
-
-
-@given(st.text(alphabet="ab0123456789.+-*/() ,[]'\"_=:x\\\n", max_size=40))
-def test_a_formula_is_a_number_or_a_sentence_whatever_it_is(text):
-    try:
-        found = algebra.evaluate(text, {"a": 2.0, "b": 3.0})  # numbers in the place of vectors
-    except SurgeryError:
-        return
-    pytest.fail(f"{text!r} gave {found}")
-
-
-@given(st.integers(1, 9), st.integers(1, 9))
-def test_formulas_follow_the_rules_of_arithmetic(x, y):
-    a, b = torch.tensor(float(x)), torch.tensor(float(y))
-    assert algebra.evaluate("2 * (a - b) / 4 + -b * 3", {"a": a, "b": b}) == 2 * (a - b) / 4 + -b * 3
-    assert algebra.names_in("b - a + b") == ["b", "a"]
-
-
-def test_deep_formulas_are_refused_in_a_sentence():
-    for text in ("-" * 100_000 + "a", "(" * 5_000 + "a" + ")" * 5_000, "+".join(["a"] * 50_000)):
-        with pytest.raises(SurgeryError):
-            algebra.evaluate(text, {"a": torch.ones(1)})
 
 
 def test_inspect_tells_measures_and_draws(family, vectors, tmp_path, capsys):
