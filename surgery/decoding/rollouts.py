@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,12 +18,16 @@ from torch import Tensor, nn
 from surgery.decoding.cache import ROOM
 from surgery.decoding.causal import CausalDecoder, Decoder
 from surgery.decoding.head import undisturbed
-from surgery.decoding.loop import decode
+from surgery.decoding.loop import Watch, decode
 from surgery.decoding.sampling import Sampling, uniforms
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+Ended = Literal["eos", "stop", "length"]
+"""By an end-of-sequence token, a stop string, or because it was long enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,8 @@ class LocalGenerator:
             self.decoder.room = min(sampling.max_new_tokens, ROOM)
         self.tokenizer, self.sampling = tokenizer, sampling
         self._models: tuple[Any, ...] = tuple(getattr(self.decoder, "models", ()))
-        self._ends = end_tokens(tokenizer, self._models)
+        own = getattr(self.decoder, "ends", None)
+        self._ends = set(end_tokens(tokenizer, self._models) if own is None else own)
         special = {
             str(token.content): index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         }
@@ -76,61 +81,102 @@ class LocalGenerator:
             raise SurgeryError(f"{len(prompts)} prompts, but {len(seeds)} seeds: one seed a prompt.")
         if group < 1:
             raise SurgeryError(f"A group of {group} rollouts; expected at least 1.")
-        rows = [self._readable(i, list(prompt)) for i, prompt in enumerate(prompts)]
+        done = dict(self.draw(prompts, group, seeds))
+        return [done[row] for row in range(len(prompts) * group)]
+
+    def draw(self, prompts: Sequence[Any], group: int, seeds: Sequence[int]) -> Iterator[tuple[int, Rollout]]:
+        """The same as (place, rollout) pairs, in the order in which they end."""
+        rows = [self._readable(i, prompt) for i, prompt in enumerate(prompts)]
         noise = torch.from_numpy(uniforms(seeds, group, self.sampling.max_new_tokens)).flatten(0, 1)
-        done: dict[int, Rollout] = {}
         with undisturbed(*self._models):
             for unique, members in self._blocks(rows, group):
-                ids, mask = _left_padded(unique, min(self._ends, default=0), self._device)
-                logits, state = self.decoder.prefill(ids, mask)
+                logits, state = self._prefill(unique)
                 for start in range(0, len(members), self.sampling.batch_size):
                     part = members[start : start + self.sampling.batch_size]
                     index = torch.tensor([at for at, _ in part], device=self._device)
                     drawn = [row for _, row in part]
                     begun = logits[index], state.select(index)
+                    noises = noise[drawn].to(self._device)
+                    watch = self._watch(drawn)
                     for row, ended in decode(
-                        self.decoder, *begun, noise[drawn].to(self._device), self.sampling, self._ends, self._stopped
+                        self.decoder, *begun, noises, self.sampling, self._ends, self._stopped, watch
                     ):
-                        done[drawn[row]] = self._rollout(drawn[row] // group, rows[drawn[row] // group], *ended)
-        return [done[row] for row in range(len(rows) * group)]
+                        index = drawn[row] // group
+                        yield drawn[row], self._rollout(drawn[row], index, rows[index], *ended)
+
+    # What a generator of another kind of prompt does otherwise: `logits.generate`.
+
+    def _readable(self, index: int, prompt: Sequence[int]) -> Any:
+        """The prompt that the model reads; refused when the completion can't fit behind it."""
+        prompt = list(prompt) or [self._start(index, self.tokenizer)]
+        self._check_room(index, len(prompt), getattr(self.decoder, "context", None))
+        return tuple(prompt)
+
+    def _length(self, row: Any) -> int:
+        return len(row)
+
+    def _prefill(self, rows: list[Any]) -> tuple[Tensor, Any]:
+        """Logits after the prompts, and the decoder's state."""
+        return self.decoder.prefill(*_left_padded(rows, min(self._ends, default=0), self._device))
+
+    def _watch(self, rows: list[int]) -> Watch | None:
+        """What is to be called at each draw of these rows."""
+        return None
+
+    def _rollout(self, row: int, index: int, prompt: Any, ids: list[int], log_probs: list[float]) -> Rollout:
+        if not math.isfinite(sum(log_probs)):
+            at = int(np.isfinite(log_probs).argmin())
+            raise SurgeryError(f"The policy's logits for prompt {index} are not finite at completion token {at}.")
+        ended, text = self._ended(ids)
+        return Rollout(list(prompt), ids, log_probs, ended == "length", text)
+
+    # ---- what all do
+
+    @staticmethod
+    def _start(index: int, tokenizer: PreTrainedTokenizerBase | None) -> int:
+        """What an empty prompt is: one token to begin with."""
+        known = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
+        start = next((token for token in known if token is not None), None)
+        if start is None:
+            raise SurgeryError(f"Prompt {index} is empty, and the tokenizer has no token to begin with.")
+        return start
+
+    def _check_room(self, index: int, length: int, context: int | None, whose: str = "the context") -> None:
+        new = self.sampling.max_new_tokens
+        if context is not None and length + new > context:
+            raise SurgeryError(
+                f"Prompt {index} has {length} tokens, and {new} new ones don't fit into {whose} of {context}.",
+                hint="Shorten the prompts or lower max_new_tokens.",
+            )
+
+    def _ended(self, ids: list[int]) -> tuple[Ended, str]:
+        """How a completion ended, and its text, cut before the first stop string."""
+        ends = bool(ids) and ids[-1] in self._ends
+        text = self._text(ids[:-1] if ends else ids)
+        cuts = [cut for cut in (text.find(stop) for stop in self._stop) if cut >= 0]
+        return ("eos" if ends else "stop" if cuts else "length"), text[: min(cuts)] if cuts else text
 
     @property
     def _device(self) -> torch.device:
         parameter = next((p for model in self._models for p in model.parameters()), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
-    def _readable(self, index: int, prompt: list[int]) -> list[int]:
-        """The prompt that the model reads; refused when the completion can't fit behind it."""
-        if not prompt:
-            start = self.tokenizer.bos_token_id
-            start = self.tokenizer.eos_token_id if start is None else start
-            if start is None:
-                raise SurgeryError(f"Prompt {index} is empty, and the tokenizer has no token to begin with.")
-            prompt = [start]
-        context, new = getattr(self.decoder, "context", None), self.sampling.max_new_tokens
-        if context is not None and len(prompt) + new > context:
-            raise SurgeryError(
-                f"Prompt {index} has {len(prompt)} tokens, and {new} new ones don't fit into the context of {context}.",
-                hint="Shorten the prompts or lower max_new_tokens.",
-            )
-        return prompt
-
-    def _blocks(self, rows: list[list[int]], group: int) -> Iterator[tuple[list[list[int]], list[tuple[int, int]]]]:
+    def _blocks(self, rows: list[Any], group: int) -> Iterator[tuple[list[Any], list[tuple[int, int]]]]:
         """Different prompts of similar length, longest first, and their rows as (prompt in the block, row).
 
         A block has at most `batch_size` rows, or one prompt.
         """
-        same: dict[tuple[int, ...], list[int]] = {}
+        same: dict[Any, list[int]] = {}
         for i, prompt in enumerate(rows):
-            same.setdefault(tuple(prompt), []).extend(range(i * group, (i + 1) * group))
-        unique: list[list[int]] = []
+            same.setdefault(prompt, []).extend(range(i * group, (i + 1) * group))
+        unique: list[Any] = []
         members: list[tuple[int, int]] = []
-        for ids, copies in sorted(same.items(), key=lambda item: -len(item[0])):
+        for ids, copies in sorted(same.items(), key=lambda item: -self._length(item[0])):
             if unique and len(members) + len(copies) > self.sampling.batch_size:
                 yield unique, members
                 unique, members = [], []
             members.extend((len(unique), row) for row in copies)
-            unique.append(list(ids))
+            unique.append(ids)
         if unique:
             yield unique, members
 
@@ -149,26 +195,17 @@ class LocalGenerator:
     def _text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
-    def _rollout(self, index: int, prompt: list[int], ids: list[int], log_probs: list[float]) -> Rollout:
-        if not math.isfinite(sum(log_probs)):
-            at = int(np.isfinite(log_probs).argmin())
-            raise SurgeryError(f"The policy's logits for prompt {index} are not finite at completion token {at}.")
-        ends = ids[-1] in self._ends
-        text = self._text(ids[:-1] if ends else ids)
-        cuts = [cut for cut in (text.find(stop) for stop in self._stop) if cut >= 0]
-        return Rollout(prompt, ids, log_probs, not ends and not cuts, text[: min(cuts)] if cuts else text)
 
-
-def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     width = max(map(len, rows))
-    ids = [[pad] * (width - len(row)) + row for row in rows]
+    ids = [[pad] * (width - len(row)) + list(row) for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def end_tokens(tokenizer: PreTrainedTokenizerBase, models: Sequence[Any]) -> set[int]:
+def end_tokens(tokenizer: PreTrainedTokenizerBase | None, models: Sequence[Any]) -> set[int]:
     """Every end-of-sequence token that the tokenizer or a model's generation config names."""
-    named = {tokenizer.eos_token_id}
+    named: set[Any] = {getattr(tokenizer, "eos_token_id", None)}
     for model in models:
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         named |= set(ends) if isinstance(ends, (list, tuple)) else {ends}

@@ -1,0 +1,22 @@
+"""Surgery on what models say next: several models read the same response, and a sum of their log-probabilities decodes.
+
+    large, tuned, small = member("large"), member("small-tuned"), member("small")
+    generate(large + 1.0 * (tuned - small), ["How tall is it?"])       # emulated fine-tuning
+
+| file | holds |
+|---|---|
+| ensemble.py | `member`, `Ensemble`: the algebra, and a `Decoder` wherever one is taken |
+| rules.py | EFT, proxy-tuning, contrast, UniR, CGE, ...: a line each |
+| combine.py | the arithmetic and the filters, as pure functions |
+| members.py, lockstep.py | what a member reads of a prompt; one forward pass a model and token |
+| vocabulary.py | which token of one model is which of another |
+| generate.py | `generate`, `stream` |
+| score.py | `log_likelihood`, `perplexity` of given texts |
+"""
+
+from surgery.logits.combine import Filter
+from surgery.logits.ensemble import Ensemble, member
+from surgery.logits.generate import Generation, Piece, generate, stream
+from surgery.logits.members import Member
+
+__all__ = ["Ensemble", "Filter", "Generation", "Member", "Piece", "generate", "member", "stream"]

@@ -1,0 +1,311 @@
+"""The algebra of models at the output: weighted sums of log-probabilities, which decode like one model.
+
+    large, tuned, small = member("large"), member("small-tuned", prompt="chat"), member("small")
+    ensemble = large + 1.0 * (tuned - small)       # emulated fine-tuning; `rules` has names for the usual ones
+    ensemble = ensemble.filtered("plausible", 0.1, on=tuned)
+    generate(ensemble, ["How tall is it?"])         # or wherever a `Decoder` is taken: evaluation, beams, search
+
+Equal members meet, so that `base + (tuned - base)` is `tuned` and runs one model. Members of one model share its
+weights and its forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import SurgeryError
+from surgery.logits.combine import Filter, Missing, Mode, combine, normalised
+from surgery.logits.lockstep import Encoded, EnsembleState, Reader, readers_of
+from surgery.logits.members import Member, Prompt, Style
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from transformers import PreTrainedTokenizerBase
+
+
+def member(
+    model: nn.Module | str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    prompt: Style = "given",
+    name: str | None = None,
+    layer: int | Sequence[int] | None = None,
+    token_map: dict[Any, Any] | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+) -> Ensemble:
+    """One model as an ensemble of itself: a model in memory, or whatever `surgery.models.load` takes.
+
+    `prompt` says how it is asked (`members.Style`), `layer` reads it by a logit lens. `token_map` names tokens of the
+    base that are others here. `dtype` and `device` are for loading.
+    """
+    from surgery.interop import unwrap
+    from surgery.models import load
+
+    if isinstance(model, (str, Path)):
+        name = str(model) if name is None else name
+        model, own = load(model, dtype, device)
+        tokenizer = tokenizer or own
+    elif not hasattr(model, "peft_config"):  # an adapter's own module is the one that runs
+        model = unwrap(model)
+    label = name or getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
+    layers = layer if layer is None or isinstance(layer, int) else tuple(layer)
+    one = Member(model, tokenizer, prompt, label, layers, token_map or {})
+    return Ensemble([(one, 1.0)])
+
+
+class Ensemble:
+    """A weighted sum of members' log-probabilities with at most one token filter: a `surgery.decoding.Decoder`.
+
+    Weights need not sum to 1. The base is the first member of positive weight: its vocabulary is everybody's, what it
+    forbids is forbidden. Raises `SurgeryError` for a weight that is not finite, and on use when all weights are 0.
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[tuple[Member, float]],
+        filter: Filter | None = None,
+        base: Member | None = None,
+        missing: Missing = "mask",
+    ) -> None:
+        met: dict[Any, tuple[Member, float]] = {}
+        for one, weight in terms:
+            if not math.isfinite(weight):
+                raise SurgeryError(f"The weight of '{one.name}' is {weight}: weights are finite numbers.")
+            first, before = met.get(one.key, (one, 0.0))
+            met[one.key] = first, before + float(weight)
+        needed = {m.key for m in (base, _member(filter.on) if filter else None) if m is not None}
+        left = [(m, w) for key, (m, w) in met.items() if w != 0 or key in needed]
+        self.terms = left or list(met.values())  # 0 * something is nothing yet: it may be added to something
+        if base is not None and base.key not in met:
+            raise SurgeryError(f"The base '{base.name}' is no member of this ensemble.")
+        if filter is not None and (seen := _member(filter.on)) is not None and seen.key not in met:
+            self.terms.append((seen, 0.0))
+        self.filter, self._base, self.missing = filter, base, missing
+        self._readers: dict[bool, tuple[list[Reader], int]] = {}
+        self._whole = False
+
+    # ---- algebra
+
+    def _with(self, terms: Sequence[tuple[Member, float]], other: Ensemble | None = None) -> Ensemble:
+        filters = [e.filter for e in (self, other) if e is not None and e.filter is not None]
+        if len(filters) > 1:
+            raise SurgeryError("Both sides of a sum have a token filter: an ensemble has one.",
+                               hint="Filter the sum: (a + b).filtered(...).")  # fmt: skip
+        bases = [e._base for e in (self, other) if e is not None and e._base is not None]
+        missing = "zero_reward" if "zero_reward" in {self.missing, other.missing if other else ""} else "mask"
+        return Ensemble(terms, filters[0] if filters else None, bases[0] if bases else None, missing)  # type: ignore[arg-type]
+
+    def __add__(self, other: Any) -> Ensemble:
+        if not isinstance(other, Ensemble):
+            return NotImplemented
+        return self._with([*self.terms, *other.terms], other)
+
+    def __sub__(self, other: Any) -> Ensemble:
+        if not isinstance(other, Ensemble):
+            return NotImplemented
+        return self._with([*self.terms, *((m, -w) for m, w in other.terms)], other)
+
+    def __mul__(self, factor: Any) -> Ensemble:
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+            return NotImplemented
+        return self._with([(m, factor * w) for m, w in self.terms])
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, factor: Any) -> Ensemble:
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+            return NotImplemented
+        return self * (1 / factor)
+
+    def __neg__(self) -> Ensemble:
+        return self * -1.0
+
+    def __str__(self) -> str:
+        text = ""
+        for m, weight in self.terms:
+            size = "" if abs(weight) == 1 else f"{abs(weight):g}*"
+            text += f" {'-' if weight < 0 else '+'} {size}{self.name_of(m)}"
+        return text[3:] if text.startswith(" + ") else "-" + text[3:]
+
+    def __repr__(self) -> str:
+        return f"<Ensemble {self}>"
+
+    # ---- what it is
+
+    def filtered(
+        self, rule: str | Filter, value: float | None = None, *, on: Any = None, mode: Mode = "mask"
+    ) -> Ensemble:
+        """The same with a token filter: "plausible", "nucleus" or "top_k" of `on` (a member, "scores", or the base).
+
+        `mode` "mask" forbids what the filter leaves out, "zero_reward" leaves it the base's probability.
+        """
+        found = rule if isinstance(rule, Filter) else Filter(rule, 0 if value is None else value, on, mode)
+        return Ensemble(self.terms, found, self._base, self.missing)
+
+    def based_on(self, base: Ensemble) -> Ensemble:
+        """The same with another member as the base."""
+        return Ensemble(self.terms, self.filter, _member(base), self.missing)
+
+    def where_missing(self, missing: Missing) -> Ensemble:
+        """The same, tokens that a member lacks forbidden ("mask") or scored by the base alone ("zero_reward")."""
+        return Ensemble(self.terms, self.filter, self._base, missing)
+
+    @property
+    def members(self) -> list[Member]:
+        """All members, the order of every list by member here."""
+        return [m for m, _ in self.terms]
+
+    @property
+    def weights(self) -> list[float]:
+        return [w for _, w in self.terms]
+
+    @property
+    def base(self) -> Member:
+        """Whose vocabulary it is."""
+        return self._base or next((m for m, w in self.terms if w > 0), self.terms[0][0])
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's. Raises `SurgeryError` when it has none."""
+        if self.base.tokenizer is None:
+            raise SurgeryError(f"The base '{self.base.name}' has no tokenizer.", hint="member(model, tokenizer).")
+        return self.base.tokenizer
+
+    def name_of(self, one: Member) -> str:
+        """A member's name, numbered where two share it."""
+        same = [m for m in self.members if m.name == one.name]
+        lens = "" if one.layer is None else f"[{one.layer}]"
+        at = next((i for i, m in enumerate(same) if m.key == one.key), 0)
+        return f"{one.name}{lens}" if len({m.layer for m in same}) == len(same) else f"{one.name}{lens}#{at + 1}"
+
+    # ---- a decoder
+
+    @property
+    def models(self) -> tuple[nn.Module, ...]:
+        """Every model once."""
+        return tuple({id(m.model): m.model for m in self.members}.values())
+
+    @property
+    def readers(self) -> list[Reader]:
+        """One a model; made when first needed, which compares vocabularies and tries the models out."""
+        return self._made()[0]
+
+    def _made(self) -> tuple[list[Reader], int]:
+        if not any(self.weights):
+            raise SurgeryError(f"Nothing is left of this ensemble: all weights are 0 ({self}).")
+        if self._whole not in self._readers:
+            at = next(i for i, m in enumerate(self.members) if m.key == self.base.key)
+            self._readers[self._whole] = readers_of(self.members, at, self._whole)
+        return self._readers[self._whole]
+
+    def croppable(self) -> Ensemble:
+        """The same, with states that can be cropped."""
+        found = Ensemble(self.terms, self.filter, self._base, self.missing)
+        found._whole = True
+        return found
+
+    @property
+    def vocabulary(self) -> int:
+        """Size of the common vocabulary."""
+        return self._made()[1]
+
+    @property
+    def context(self) -> int | None:
+        """The shortest context of a member."""
+        return min((r.decoder.context for r in self.readers if r.decoder.context is not None), default=None)
+
+    @property
+    def room(self) -> int:
+        """How many columns a cache keeps free for tokens to come."""
+        return self.readers[0].decoder.room
+
+    @room.setter
+    def room(self, columns: int) -> None:
+        for reader in self.readers:
+            reader.decoder.room = columns
+
+    @property
+    def ends(self) -> set[int]:
+        """Tokens of the common vocabulary that end a response, for any member."""
+        return {end for reader in self.readers for end in reader.ends if end < self.vocabulary}
+
+    def encode(self, prompt: Prompt) -> Encoded:
+        """The prompt for every reader and view, in their own tokens."""
+        return tuple(reader.encode(prompt, self.base.tokenizer) for reader in self.readers)
+
+    def prefill(
+        self, ids: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"]
+    ) -> tuple[Float[Tensor, "row vocab"], EnsembleState]:
+        """Reads left-padded prompts, ids of the base's vocabulary; the scores of the next token."""
+        return self.prefill_encoded(
+            [self.encode(row[there.bool()].tolist()) for row, there in zip(ids, mask, strict=True)]
+        )
+
+    def prefill_encoded(self, rows: Sequence[Encoded]) -> tuple[Float[Tensor, "row vocab"], EnsembleState]:
+        """Reads prompts that `encode` made; the scores of the next token."""
+        found = [reader.prefill([row[i] for row in rows]) for i, reader in enumerate(self.readers)]
+        views = [len(reader.styles) for reader in self.readers]
+        state = EnsembleState([state for _, state in found], views, len(rows))
+        return self._scores([told for told, _ in found], state)[:, -1], state
+
+    def step(
+        self, tokens: Int[Tensor, " row"], state: EnsembleState
+    ) -> tuple[Float[Tensor, "row vocab"], EnsembleState]:
+        """Reads one token a row; the scores of the next."""
+        return self.read(tokens.unsqueeze(1), state)[:, -1], state
+
+    def read(self, tokens: Int[Tensor, "row pos"], state: EnsembleState) -> Float[Tensor, "row pos vocab"]:
+        """Reads several tokens a row and changes `state`; the scores after each of them."""
+        told = [reader.read(tokens, part) for reader, part in zip(self.readers, state.parts, strict=True)]
+        return self._scores(told, state)
+
+    def _scores(self, told: Sequence[Sequence[Tensor]], state: EnsembleState) -> Tensor:
+        by_member: dict[int, Tensor] = {}
+        for reader, logits in zip(self.readers, told, strict=True):
+            by_member |= {at: reader.values(one) for at, one in zip(reader.index, logits, strict=True)}
+        alone = len(self.terms) == 1 and self.filter is None  # then no sum needs what normalising costs
+        values = [by_member[at].to(by_member[0].device) for at in range(len(self.terms))]
+        state.log_probs = values if alone else [one.log_softmax(-1) for one in values]
+        return self.combined(state.log_probs)
+
+    def combined(self, log_probs: Sequence[Float[Tensor, "*row vocab"]]) -> Float[Tensor, "*row vocab"]:
+        """The members' log-probabilities as unnormalised scores, filtered."""
+        at = next(i for i, m in enumerate(self.members) if m.key == self.base.key)
+        known = [self._reader(i).known for i in range(len(self.terms))]
+        if len(self.terms) == 1 and self.filter is None and known[0] is None:
+            return log_probs[0] if self.weights[0] == 1 else log_probs[0] * self.weights[0]
+        scores = combine(log_probs, self.weights, at, known, self.missing)
+        if self.filter is None:
+            return scores
+        if self.filter.on == "scores":
+            seen = normalised(scores)
+        else:
+            wanted = _member(self.filter.on) or self.base
+            seen = log_probs[next(i for i, m in enumerate(self.members) if m.key == wanted.key)]
+        return self.filter.apply(scores, seen, self.weights[at] * log_probs[at])
+
+    def _reader(self, at: int) -> Reader:
+        return next(reader for reader in self.readers if at in reader.index)
+
+    def failing(self, state: EnsembleState) -> str | None:
+        """Which member said something that is no number, if one did."""
+        for one, values in zip(self.members, state.log_probs, strict=False):
+            if bool(values.isnan().any()):
+                return self.name_of(one)
+        return None
+
+
+def _member(thing: Any) -> Member | None:
+    """The member that a filter or a base names: itself, or the only one of an ensemble."""
+    if isinstance(thing, Ensemble):
+        if len(thing.terms) != 1:
+            raise SurgeryError(f"'{thing}' is not one member.", hint="Name one of the models of the ensemble.")
+        return thing.terms[0][0]
+    return thing if isinstance(thing, Member) else None
