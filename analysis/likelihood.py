@@ -16,9 +16,11 @@ from surgery.models import encode, encoded_prompts, untouched
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from surgery.logits import Ensemble
+
 
 def answer_log_likelihood(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Ensemble,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     responses: Sequence[str],
@@ -30,12 +32,21 @@ def answer_log_likelihood(
 ) -> Result:
     """Mean log-probability (nats a token) of each response and its end mark after its prompt; `tokens` is a column.
 
-    Prompt and response are tokenised apart, as in generation. Raises `SurgeryError` when the lists differ in length.
+    Of a model, or of a composition of models, whose members read the prompts in their own ways (`chat` is for one
+    model). Prompt and response are tokenised apart, as in generation. Raises `SurgeryError` when the lists differ in
+    length.
     """
     import torch
 
     if len(prompts) != len(responses):
         raise SurgeryError(f"{len(prompts)} prompts, but {len(responses)} responses.")
+    if not isinstance(model, torch.nn.Module):
+        from surgery.logits import log_likelihood
+
+        asked: Any = encoded_prompts(tokenizer, prompts, chat) if chat else prompts
+        scored = log_likelihood(model, asked, responses, batch_size=batch_size, progress=progress)
+        means = [float(np.mean(one.log_probs)) for one in scored]
+        return Result.of(means, prompts, name=name, columns={"tokens": [len(one.ids) for one in scored]})
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     answers = [tokenizer(r, add_special_tokens=False)["input_ids"] + end for r in responses]
     rows = [p + a for p, a in zip(encoded_prompts(tokenizer, prompts, chat), answers, strict=True)]

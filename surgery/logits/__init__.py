@@ -18,5 +18,9 @@ from surgery.logits.combine import Filter
 from surgery.logits.ensemble import Ensemble, member
 from surgery.logits.generate import Generation, Piece, generate, stream
 from surgery.logits.members import Member
+from surgery.logits.score import Scored, log_likelihood, perplexity
 
-__all__ = ["Ensemble", "Filter", "Generation", "Member", "Piece", "generate", "member", "stream"]
+__all__ = [
+    "Ensemble", "Filter", "Generation", "Member", "Piece", "Scored", "generate", "log_likelihood", "member",
+    "perplexity", "stream",
+]  # fmt: skip

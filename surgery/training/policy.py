@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from surgery.decoding import CausalDecoder, Decoder, backbone_and_head
 from surgery.decoding.cache import standard_cache
 from surgery.errors import SurgeryError
+from surgery.logits import Ensemble, Member
 from surgery.models import cache_name
 from surgery.training.batch import Batch
-from surgery.training.summed import SummedDecoder, check_vocabularies
 
 LOGITS = 1 << 24
 """Largest number of logits kept for the backward pass; beyond it they are computed in chunks, twice."""
@@ -107,7 +107,9 @@ class Policy(nn.Module):
 
     def decoder(self) -> Decoder:
         """What generates from this policy, one token at a time. Raises `SurgeryError` for models without a cache."""
-        return SummedDecoder(self.members) if self.backbones else CausalDecoder(self.model)
+        if not self.backbones:
+            return CausalDecoder(self.model)
+        return Ensemble([(Member(one, name=f"model {i}"), 1.0) for i, one in enumerate(self.members)])
 
     def snapshot(self) -> Policy:
         """A frozen copy of this very object as it is now, without dropout: the reference policy."""
@@ -332,3 +334,18 @@ def _bins(lengths: Sequence[int], size: int) -> list[list[int]]:
         else:
             bins.append((lengths[i], [i]))
     return [members for _, members in bins]
+
+
+def check_vocabularies(models: Sequence[nn.Module]) -> None:
+    """Raises `SurgeryError` when the models' logits can't be added."""
+    sizes = [_vocabulary(model) for model in models]
+    if len({size for size in sizes if size}) > 1:
+        raise SurgeryError(
+            f"Logits of vocabularies of {' and '.join(map(str, sizes))} tokens can't be added.",
+            hint="The model and its backbones must share one tokenizer and one size of vocabulary.",
+        )
+
+
+def _vocabulary(model: Any) -> int | None:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return None if head is None or not hasattr(head, "weight") else head.weight.shape[0]

@@ -12,7 +12,6 @@ from surgery.training import train
 from surgery.training.batch import Batch
 from surgery.training.objectives import GRPO
 from surgery.training.policy import Policy
-from surgery.training.summed import SummedDecoder
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [20]]
 COMPLETIONS = [[13, 14, 2], [15], [16, 17, 18, 19, 2]]
@@ -88,7 +87,9 @@ def test_sampled_log_probs_are_the_teacher_forced_ones(temperature):
 
 def test_greedy_takes_the_best_token_of_the_sum():
     models = module(), backbone()
-    (rollout,) = LocalGenerator(SummedDecoder(models), tokenizer(), Sampling(6, temperature=0))([PROMPTS[0]], 1, [0])
+    (rollout,) = LocalGenerator(Policy(models[0], models[1:]).decoder(), tokenizer(), Sampling(6, temperature=0))(
+        [PROMPTS[0]], 1, [0]
+    )
     ids = list(PROMPTS[0])
     for token in rollout.completion_ids:
         logits = sum(model(torch.tensor([ids])).logits[0, -1] for model in models)
