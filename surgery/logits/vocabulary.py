@@ -267,7 +267,7 @@ def _refuse_strangers(
         f"{names[1]} ({rows} rows) knows {shared} of {total} tokens of {names[0]}, {100 * shared / total:.1f} %; at "
         f"least {100 * least:g} % are needed.\n{difference(first, second)}",
         hint="Members of one ensemble read the same tokens: take a model with the reference's tokenizer, or name the "
-        "tokens that correspond (token_map); least=... accepts a smaller share.",
+        "tokens that correspond (token_map). surgery.logits.foreign follows another tokenizer by its text.",
     )
 
 
@@ -302,12 +302,12 @@ def _notes(
     if theirs is None or own is None:
         return notes
     if moved := int((columns != np.arange(len(columns)))[known].sum()):
-        notes.append(f"{_count(moved)} of {names[0]} have another id in {names[1]}.")
+        notes.append(f"{names[1]} has {_count(moved)} of {names[0]} under another id.")
     if lacking := sorted({r for r in theirs.values() if r < len(known) and not known[r]}):
         notes.append(f"{names[1]} lacks {_count(len(lacking))} of {names[0]}: {_told(lacking, theirs)}.")
     used = set(columns[known].tolist())
     if extra := sorted(set(own.values()) - used):
-        notes.append(f"{_count(len(extra))} of {names[1]} are none of {names[0]}: {_told(extra, own)}.")
+        notes.append(f"{names[1]} has {_count(len(extra))} that {names[0]} lacks: {_told(extra, own)}.")
     return notes
 
 

@@ -92,7 +92,7 @@ def test_added_chat_tokens_are_left_out_and_the_end_of_a_turn_counts_as_the_end(
     assert found.feed(torch.tensor([0, 1, 5])).tolist() == [0, len(BASE) + 1, 5]
     assert found.ends == (1,)
     assert "'<|im_end|>', with which tuned ends, counts as '</s>' of large." in found.notes
-    assert any(note.startswith("5 tokens of tuned are none of large: '<|im_start|>'") for note in found.notes)
+    assert any(note.startswith("tuned has 5 tokens that large lacks: '<|im_start|>'") for note in found.notes)
 
 
 def test_ends_that_only_a_generation_config_names_count_too(base):
