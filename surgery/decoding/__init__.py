@@ -10,7 +10,7 @@
 | rollouts.py | `Rollout`, `LocalGenerator`: prompts in, completions with their log-probabilities out |
 """
 
-from surgery.decoding.beam import Hypothesis, beam_search
+from surgery.decoding.beam import Beams, Hypothesis, beam_search
 from surgery.decoding.causal import CausalDecoder, CausalState, Decoder, State
 from surgery.decoding.head import backbone_and_head, undisturbed
 from surgery.decoding.loop import decode
@@ -18,6 +18,7 @@ from surgery.decoding.rollouts import Generator, LocalGenerator, Rollout, end_to
 from surgery.decoding.sampling import Sampling, draw, truncate, uniforms
 
 __all__ = [
-    "CausalDecoder", "CausalState", "Decoder", "Generator", "Hypothesis", "LocalGenerator", "Rollout", "Sampling",
-    "State", "backbone_and_head", "beam_search", "decode", "draw", "end_tokens", "truncate", "undisturbed", "uniforms",
+    "Beams", "CausalDecoder", "CausalState", "Decoder", "Generator", "Hypothesis", "LocalGenerator", "Rollout",
+    "Sampling", "State", "backbone_and_head", "beam_search", "decode", "draw", "end_tokens", "truncate", "undisturbed",
+    "uniforms",
 ]  # fmt: skip

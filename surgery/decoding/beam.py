@@ -27,6 +27,15 @@ DEAD = -torch.inf
 """Score of a candidate that is none: the copies of a prompt before its first token, forbidden tokens."""
 
 
+@dataclass(frozen=True)
+class Beams:
+    """How a generator searches: see `beam_search`. What it returns of a prompt are its best hypotheses."""
+
+    number: int
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
     """One continuation of one prompt."""
@@ -39,6 +48,14 @@ class Hypothesis:
     """What hypotheses are ranked by: the sum of the (tempered) log-probabilities / length ** length_penalty."""
     ended: bool
     """An end-of-sequence token or a stop string came; otherwise the search did."""
+
+
+class NotFiniteError(SurgeryError):
+    """A prompt's logits are NaN, or forbid every token; `state` is the decoder's, as it was when it gave them."""
+
+    def __init__(self, prompt: int, token: int, state: Any) -> None:
+        super().__init__(f"The decoder's logits for prompt {prompt} are not finite at new token {token}.")
+        self.prompt, self.token, self.state = prompt, token, state
 
 
 @dataclass
@@ -103,7 +120,8 @@ def beam_search(
         for t in range(max_new_tokens):
             log_probs = logits.float().log_softmax(-1)
             scores = warped(log_probs, drawing, least).view(*running.scores.shape, vocab) + running.scores.unsqueeze(2)
-            _finite(scores, running, t)
+            if (wrong := ~torch.isfinite(scores.amax((1, 2)))).any():
+                raise NotFiniteError(int(running.prompts[wrong][0]), t, state)
             values, index = _candidates(
                 scores.flatten(1), width, None if noise is None else noise[running.prompts, :, t]
             )
@@ -232,14 +250,6 @@ def _going(
     full = [early_stopping is True and len(found) == beams for found in known]
     going = [hope > known and not done for hope, known, done in zip(best, worst, full, strict=True)]
     return torch.tensor(going, device=running.scores.device)
-
-
-def _finite(scores: Tensor, running: _Running, t: int) -> None:
-    """Refuses scores among which there is a NaN or no candidate (all of a prompt's tokens forbidden)."""
-    wrong = ~torch.isfinite(scores.amax((1, 2)))
-    if wrong.any():
-        prompt = int(running.prompts[wrong][0])
-        raise SurgeryError(f"The decoder's logits for prompt {prompt} are not finite, or forbid all, at new token {t}.")
 
 
 def _check(

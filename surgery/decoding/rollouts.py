@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from surgery.decoding.beam import Beams, Hypothesis, NotFiniteError, beam_search
 from surgery.decoding.cache import ROOM
 from surgery.decoding.causal import CausalDecoder, Decoder
 from surgery.decoding.head import undisturbed
@@ -55,16 +56,25 @@ class Generator(Protocol):
 
 
 class LocalGenerator:
-    """Draws completions from a model in memory (or from any `Decoder`), which is left exactly as it was found."""
+    """Draws completions from a model in memory (or from any `Decoder`), which is left exactly as it was found.
 
-    def __init__(self, policy: nn.Module | Decoder, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> None:
+    With `beams` a prompt's group are its best hypotheses, best first.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module | Decoder,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        beams: Beams | None = None,
+    ) -> None:
         self.decoder: Any = CausalDecoder(policy) if isinstance(policy, nn.Module) else policy
         if hasattr(self.decoder, "room"):
             self.decoder.room = min(sampling.max_new_tokens, ROOM)
-        self.tokenizer, self.sampling = tokenizer, sampling
+        self.tokenizer, self.sampling, self.beams = tokenizer, sampling, beams
         self._models: tuple[Any, ...] = tuple(getattr(self.decoder, "models", ()))
         own = getattr(self.decoder, "ends", None)
-        self._ends = set(end_tokens(tokenizer, self._models) if own is None else own)
+        self._ends = end_tokens(tokenizer, self._models if own is None else ()) | set(own or ())
         special = {
             str(token.content): index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         }
@@ -87,6 +97,10 @@ class LocalGenerator:
     def draw(self, prompts: Sequence[Any], group: int, seeds: Sequence[int]) -> Iterator[tuple[int, Rollout]]:
         """The same as (place, rollout) pairs, in the order in which they end."""
         rows = [self._readable(i, prompt) for i, prompt in enumerate(prompts)]
+        if self.beams is not None:
+            with undisturbed(*self._models):
+                yield from self._search(rows, group, seeds, self.beams)
+            return
         noise = torch.from_numpy(uniforms(seeds, group, self.sampling.max_new_tokens)).flatten(0, 1)
         with undisturbed(*self._models):
             for unique, members in self._blocks(rows, group):
@@ -101,8 +115,38 @@ class LocalGenerator:
                     for row, ended in decode(
                         self.decoder, *begun, noises, self.sampling, self._ends, self._stopped, watch
                     ):
-                        index = drawn[row] // group
-                        yield drawn[row], self._rollout(drawn[row], index, rows[index], *ended)
+                        prompt = drawn[row] // group
+                        yield drawn[row], self._rollout(drawn[row], prompt, rows[prompt], *ended)
+
+    def _search(
+        self, rows: Sequence[Any], group: int, seeds: Sequence[int], beams: Beams
+    ) -> Iterator[tuple[int, Rollout]]:
+        for unique, members in self._blocks(rows, 1, beams.number):
+            logits, state = self._prefill(unique)
+            index = torch.tensor([at for at, _ in members], device=self._device)
+            prompts = [prompt for _, prompt in members]
+            search = beam_search(
+                self.decoder, logits[index], state.select(index), beams=beams.number, ends=self._ends,
+                max_new_tokens=self.sampling.max_new_tokens, length_penalty=beams.length_penalty,
+                early_stopping=beams.early_stopping, sampling=self.sampling, seeds=[seeds[i] for i in prompts],
+                returned=group, stopped=self._stopped if self._stop else None,
+            )  # fmt: skip
+            try:
+                for place, found in search:
+                    first = prompts[place] * group
+                    self._check_number(prompts[place], found, group)
+                    for row, one in enumerate(found, first):
+                        yield row, self._rollout(row, prompts[place], rows[prompts[place]], one.tokens, one.log_probs)
+            except NotFiniteError as error:
+                raise SurgeryError(self._why(prompts[error.prompt], error.token, error.state)) from error
+
+    def _check_number(self, prompt: int, found: Sequence[Hypothesis], group: int) -> None:
+        whole = all(one.ended or len(one.tokens) == self.sampling.max_new_tokens for one in found)
+        if len(found) < group and whole:  # not interrupted
+            raise SurgeryError(
+                f"Prompt {prompt} has {len(found)} completions that are not forbidden; a group is {group}.",
+                hint="Ask for a smaller group.",
+            )
 
     # What a generator of another kind of prompt does otherwise: `logits.generate`.
 
@@ -125,10 +169,13 @@ class LocalGenerator:
 
     def _rollout(self, row: int, index: int, prompt: Any, ids: list[int], log_probs: list[float]) -> Rollout:
         if not math.isfinite(sum(log_probs)):
-            at = int(np.isfinite(log_probs).argmin())
-            raise SurgeryError(f"The policy's logits for prompt {index} are not finite at completion token {at}.")
+            raise SurgeryError(self._why(index, int(np.isfinite(log_probs).argmin())))
         ended, text = self._ended(ids)
         return Rollout(list(prompt), ids, log_probs, ended == "length", text)
+
+    def _why(self, index: int, at: int, state: Any = None) -> str:
+        """What to say of a prompt's logits that are not finite; `state` is that behind them, where it is at hand."""
+        return f"The policy's logits for prompt {index} are not finite at completion token {at}."
 
     # ---- what all do
 
@@ -161,10 +208,12 @@ class LocalGenerator:
         parameter = next((p for model in self._models for p in model.parameters()), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
-    def _blocks(self, rows: list[Any], group: int) -> Iterator[tuple[list[Any], list[tuple[int, int]]]]:
+    def _blocks(
+        self, rows: Sequence[Any], group: int, width: int = 1
+    ) -> Iterator[tuple[list[Any], list[tuple[int, int]]]]:
         """Different prompts of similar length, longest first, and their rows as (prompt in the block, row).
 
-        A block has at most `batch_size` rows, or one prompt.
+        A block has at most `batch_size` rows, each counted `width` times, or one prompt.
         """
         same: dict[Any, list[int]] = {}
         for i, prompt in enumerate(rows):
@@ -172,7 +221,7 @@ class LocalGenerator:
         unique: list[Any] = []
         members: list[tuple[int, int]] = []
         for ids, copies in sorted(same.items(), key=lambda item: -self._length(item[0])):
-            if unique and len(members) + len(copies) > self.sampling.batch_size:
+            if unique and (len(members) + len(copies)) * width > self.sampling.batch_size:
                 yield unique, members
                 unique, members = [], []
             members.extend((len(unique), row) for row in copies)

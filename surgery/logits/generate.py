@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from surgery.decoding import LocalGenerator, Rollout, Sampling, draw, undisturbed, uniforms
+from surgery.decoding import Beams, LocalGenerator, Rollout, Sampling, draw, undisturbed, uniforms
 from surgery.errors import SurgeryError
 from surgery.logits.ensemble import Ensemble, member
 from surgery.logits.lockstep import Encoded, EnsembleState
 from surgery.logits.members import Prompt, is_ids
+from surgery.logits.score import score_encoded
 from surgery.models import encoded_prompts
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def generate(
     sampling: Sampling = GREEDY,
     group: int = 1,
     seed: int = 0,
+    beams: Beams | int | None = None,
     members: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress | None = None,
@@ -71,11 +73,15 @@ def generate(
 
     `prompts`: texts, lists of messages or token ids. A row's noise depends on `seed`, its prompt's place and its place
     in the group only. Log-probabilities are the composition's, normalised over its vocabulary after its filter and
-    before truncation; with `members` also each member's own. Ctrl-C ends it early: what is there is returned, `ended`
-    "interrupted". Raises `SurgeryError` for prompts that don't fit into a member's context, naming it, and for scores
-    that are not finite.
+    before truncation; with `members` also each member's own. With `beams` (how many, or `Beams` with a length penalty)
+    a prompt's group are the best of them, best first; at a temperature above 0 they are drawn. Ctrl-C ends it early:
+    what is there is returned, `ended` "interrupted". Raises `SurgeryError` for prompts that don't fit into a member's
+    context, naming it, and for scores that are not finite.
     """
-    run: Any = _generator(model, tokenizer, sampling, members)
+    beams = Beams(beams) if isinstance(beams, int) else beams
+    run: Any = _generator(model, tokenizer, sampling, members, beams)
+    if beams is not None and not isinstance(run, LocalGenerator):
+        raise SurgeryError("Beams need models to decode from; this draws whole completions.")
     seeds = [(seed << 32) + i for i in range(len(prompts))]
     done: dict[int, Generation] = {}
     if not isinstance(run, LocalGenerator):  # one that draws by itself, of token ids
@@ -99,17 +105,29 @@ def stream(
     *,
     sampling: Sampling = GREEDY,
     seed: int = 0,
+    index: int = 0,
     members: bool = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Iterator[Piece]:
     """The completion of one prompt, token by token: the texts joined are the text that `generate` gives.
 
-    With `members` each piece says what every member gave its token.
+    `index` is the prompt's place among those that `generate` is given. With `members` each piece says what every member
+    gave its token.
     """
     run = _generator(model, tokenizer, sampling, members)
     if not isinstance(run, Composed):
         raise SurgeryError("A stream needs models to decode from; this draws whole completions.")
-    yield from run.stream(prompt, seed << 32)
+    yield from run.stream(prompt, (seed << 32) + index)
+
+
+def room(ensemble: Ensemble, prompts: Sequence[Prompt], most: int = 256) -> int:
+    """How many new tokens fit behind the longest of the prompts into every member's context; from 1 to `most`."""
+    free = [most]
+    for row in map(ensemble.encode, prompts):
+        for reader, views in zip(ensemble.readers, row, strict=True):
+            if reader.decoder.context is not None:
+                free.append(reader.decoder.context - max(map(len, views)))
+    return max(1, min(free))
 
 
 class Composed(LocalGenerator):
@@ -117,8 +135,10 @@ class Composed(LocalGenerator):
 
     decoder: Ensemble
 
-    def __init__(self, ensemble: Ensemble, sampling: Sampling, members: bool = False) -> None:
-        super().__init__(ensemble, ensemble.tokenizer, sampling)
+    def __init__(
+        self, ensemble: Ensemble, sampling: Sampling, members: bool = False, beams: Beams | None = None
+    ) -> None:
+        super().__init__(ensemble, ensemble.tokenizer, sampling, beams)
         self.members = members
         self._names = [ensemble.name_of(one) for one in ensemble.members]
         self._said: dict[int, list[list[float]]] = {}
@@ -158,6 +178,8 @@ class Composed(LocalGenerator):
         short = ended == "length" and len(ids) < self.sampling.max_new_tokens
         values = self._said.pop(row, [])
         by_member = dict(zip(self._names, map(list, zip(*values, strict=True)), strict=True)) if values else {}
+        if self.members and self.beams is not None and ids:  # a search has no draws to watch
+            by_member = score_encoded(self.decoder, [prompt], [ids])[0].members
         own = prompt[self._base_reader][0]
         how = "interrupted" if short else ended
         return Generation(list(own), ids, log_probs, ended == "length", text, how, by_member)
@@ -167,10 +189,11 @@ class Composed(LocalGenerator):
         base = self.decoder.base
         return next(i for i, r in enumerate(self.decoder.readers) if any(m.key == base.key for m in r.members))
 
-    def _why(self, index: int, at: int) -> str:
+    def _why(self, index: int, at: int, state: EnsembleState | None = None) -> str:
         where = f"(prompt {index}, completion token {at})"
-        if self._failed is not None:
-            return f"The logits of '{self._failed}' are not numbers {where}."
+        failed = self._failed if state is None else self.decoder.failing(state)
+        if failed is not None:
+            return f"The logits of '{failed}' are not numbers {where}."
         return f"All tokens are forbidden {where}: by the base's own logits, or by what members lack."
 
     def stream(self, prompt: Prompt, seed: int) -> Iterator[Piece]:
@@ -218,16 +241,16 @@ def _settled(text: str, stops: Sequence[str]) -> str:
 
 
 def _generator(
-    model: Any, tokenizer: PreTrainedTokenizerBase | None, sampling: Sampling, members: bool
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, sampling: Sampling, members: bool, beams: Beams | None = None
 ) -> LocalGenerator | Any:
     if isinstance(model, (str, Path, nn.Module)):
         model = member(model, tokenizer)
     if isinstance(model, Ensemble):
-        return Composed(model, sampling, members)
+        return Composed(model, sampling, members, beams)
     if members:
         raise SurgeryError("Only the members of an ensemble can be told apart: members=True needs one.")
     if hasattr(model, "prefill"):
-        return LocalGenerator(model, _needed(tokenizer), sampling)
+        return LocalGenerator(model, _needed(tokenizer), sampling, beams)
     return model
 
 

@@ -67,7 +67,7 @@ def log_likelihood(
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         with undisturbed(*ensemble.models):
-            told = _scored(ensemble, [rows[i] for i in part], [answers[i] for i in part])
+            told = score_encoded(ensemble, [rows[i] for i in part], [answers[i] for i in part])
         found |= dict(zip(part, told, strict=True))
         if progress is not None:
             progress(min(start + batch_size, len(order)), len(order))
@@ -88,7 +88,8 @@ def _answers(ensemble: Ensemble, responses: Sequence[str | Sequence[int]], end: 
     return [[*(next(told) if isinstance(one, str) else map(int, one)), *last] for one in responses]
 
 
-def _scored(ensemble: Ensemble, rows: Sequence[Any], answers: Sequence[list[int]]) -> list[Scored]:
+def score_encoded(ensemble: Ensemble, rows: Sequence[Any], answers: Sequence[list[int]]) -> list[Scored]:
+    """The same of prompts that `Ensemble.encode` made, in one batch."""
     scores, state = ensemble.prefill_encoded(rows)
     longest = max(map(len, answers))
     ids = torch.tensor([answer + [0] * (longest - len(answer)) for answer in answers], device=scores.device)
