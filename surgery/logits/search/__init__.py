@@ -3,7 +3,7 @@
 | file | holds | paper |
 |---|---|---|
 | selection.py | `majority`, `weighted_vote`, `best_of_n`: one of several completions | arXiv:2203.11171 |
-| clusters.py | clusters by answer, by any key (an executed trace), by vectors; their ranking and medoids | arXiv:2203.07814 |
+| clusters.py | clusters by answer, by any key (an executed trace) or by vectors, ranked; medoids | arXiv:2203.07814 |
 | rebase.py | `Rebase`: a tree of steps whose budget goes to steps that score well | arXiv:2408.00724 |
 | steps.py | its solutions as steps; `contrast_scorer`, `text_scorer`: what rates a step | |
 | forwards.py | tokens that a search makes a model read, counted; several models that read one text | |

@@ -76,14 +76,14 @@ def by_vectors(
 
 
 def ranked(clusters: Sequence[Cluster], found: Sequence[Sample], weight: str | Weight = "one") -> list[Cluster]:
-    """Best first, by size times mean weight (which is the sum of weights); ties by size, then as given.
+    """Best first, by size times mean weight (the sum of weights); ties by summed log-probability, then as given.
 
     Of clusters by answer the first is that of `weighted_vote`.
     """
     weigh = WEIGHTS.lookup(weight) if isinstance(weight, str) else weight
     worth = [math.fsum(weigh(found[i]) for i in cluster.members) for cluster in clusters]
-    order = sorted(range(len(clusters)), key=lambda c: (-worth[c], -len(clusters[c].members)))
-    return [clusters[c] for c in order]
+    likely = [math.fsum(found[i].log_prob for i in cluster.members) for cluster in clusters]
+    return [clusters[c] for c in sorted(range(len(clusters)), key=lambda c: (-worth[c], -likely[c]))]
 
 
 def medoid(cluster: Cluster, distances: Float[np.ndarray, "sample sample"]) -> int:
