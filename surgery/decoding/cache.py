@@ -79,7 +79,8 @@ def roomy_layer() -> type:
             moved = []
             for old in self.buffers:
                 count, heads, _, size = old.shape
-                shape = (count if rows is None else len(rows), heads, length + max(self.room, length // 4), size)
+                columns = max(length, self.length) + max(self.room, length // 4)
+                shape = (count if rows is None else len(rows), heads, columns, size)
                 new = old.new_empty(shape)
                 if rows is None:
                     new[:, :, :length] = old[:, :, :length]

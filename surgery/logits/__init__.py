@@ -9,8 +9,9 @@
 | rules.py | EFT, proxy-tuning, contrast, UniR, CGE, ...: a line each |
 | combine.py | the arithmetic and the filters, as pure functions |
 | members.py, lockstep.py | what a member reads of a prompt; one forward pass a model and token |
-| vocabulary.py | which token of one model is which of another |
+| vocabulary.py, foreign.py | which token of one model is which of another; a tokenizer that splits otherwise |
 | generate.py | `generate`, `stream` |
+| speculative.py | `speculate`: one member drafts, the others judge blocks |
 | score.py | `log_likelihood`, `perplexity` of given texts |
 """
 
@@ -19,8 +20,9 @@ from surgery.logits.ensemble import Ensemble, member
 from surgery.logits.generate import Generation, Piece, generate, stream
 from surgery.logits.members import Member
 from surgery.logits.score import Scored, log_likelihood, perplexity
+from surgery.logits.speculative import Speculation, speculate
 
 __all__ = [
-    "Ensemble", "Filter", "Generation", "Member", "Piece", "Scored", "generate", "log_likelihood", "member",
-    "perplexity", "stream",
+    "Ensemble", "Filter", "Generation", "Member", "Piece", "Scored", "Speculation", "generate", "log_likelihood", "member",
+    "perplexity", "speculate", "stream",
 ]  # fmt: skip

@@ -69,6 +69,8 @@ def plausible(log_probs: Float[Tensor, "*row vocab"], alpha: float) -> Bool[Tens
 
 def nucleus(log_probs: Float[Tensor, "*row vocab"], p: float) -> Bool[Tensor, "*row vocab"]:
     """The likeliest tokens, as few as hold probability `p` together (Holtzman et al. 2020, arXiv:1904.09751)."""
+    if p >= 1:
+        return torch.ones_like(log_probs, dtype=torch.bool)
     ordered, order = log_probs.softmax(-1).sort(dim=-1, descending=True, stable=True)
     kept = ordered.cumsum(-1) - ordered < p
     return torch.zeros_like(kept).scatter_(-1, order, kept)

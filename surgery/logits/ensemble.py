@@ -37,13 +37,15 @@ def member(
     name: str | None = None,
     layer: int | Sequence[int] | None = None,
     token_map: dict[Any, Any] | None = None,
+    foreign: bool = False,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
 ) -> Ensemble:
     """One model as an ensemble of itself: a model in memory, or whatever `surgery.models.load` takes.
 
     `prompt` says how it is asked (`members.Style`), `layer` reads it by a logit lens. `token_map` names tokens of the
-    base that are others here. `dtype` and `device` are for loading.
+    base that are others here; a `foreign` member has a tokenizer that splits text otherwise (experimental, and slow:
+    see `foreign.py`). `dtype` and `device` are for loading.
     """
     from surgery.interop import unwrap
     from surgery.models import load
@@ -56,7 +58,7 @@ def member(
         model = unwrap(model)
     label = name or getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
     layers = layer if layer is None or isinstance(layer, int) else tuple(layer)
-    one = Member(model, tokenizer, prompt, label, layers, token_map or {})
+    one = Member(model, tokenizer, prompt, label, layers, token_map or {}, foreign)
     return Ensemble([(one, 1.0)])
 
 

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +19,7 @@ from surgery.anatomy import Site, anatomy_of
 from surgery.anatomy.points import attach
 from surgery.decoding import CausalState, end_tokens
 from surgery.errors import SurgeryError
+from surgery.logits.foreign import ForeignDecoder
 from surgery.logits.members import Member, Prompt, is_ids
 from surgery.logits.vocabulary import VocabularyMap, align
 
@@ -65,8 +65,11 @@ class Reader:
     def __init__(self, members: Sequence[Member], index: Sequence[int], whole: bool) -> None:
         self.members, self.index = list(members), list(index)
         self.styles = list(dict.fromkeys(member.prompt for member in members))
-        self.decoder = members[0].decoder(whole=whole)
+        self.foreign = members[0].foreign
+        self.decoder: Any = None if self.foreign else members[0].decoder(whole=whole)
         self.map: VocabularyMap | None = None
+        if self.foreign and (len(self.styles) > 1 or any(m.layer is not None for m in members)):
+            raise SurgeryError(f"The foreign member '{members[0].name}' reads one prompt, by its last layer.")
         layers = {layer for member in members for layer in _layers(member)}
         self.anatomy = anatomy_of(members[0].model) if layers else None  # type: ignore[arg-type]
         if self.anatomy is not None and (wrong := [l for l in layers if not 0 <= l < self.anatomy.n_layers]):
@@ -86,15 +89,10 @@ class Reader:
         """(vocab,) which tokens of the common vocabulary this model has; None: all."""
         return None if self.map is None else self.map.known
 
-    @cached_property
+    @property
     def ends(self) -> set[int]:
         """Tokens of the common vocabulary that end this model's responses."""
-        assert self.map is not None
-        own = torch.tensor(sorted({end for m in self.members for end in end_tokens(m.tokenizer, [m.model])}))
-        columns = torch.arange(self.map.size) if self.map.columns is None else self.map.columns.cpu()
-        found = torch.isin(columns, own)
-        found = found if self.map.known is None else found & self.map.known.cpu()
-        return set(found.nonzero()[:, 0].tolist()) | ({self.map.end[0]} if self.map.end else set())
+        return set() if self.map is None else set(self.map.ends)
 
     def encode(self, prompt: Prompt, reference: PreTrainedTokenizerBase | None) -> tuple[tuple[int, ...], ...]:
         """The prompt's ids for each view, in this model's vocabulary."""
@@ -102,7 +100,7 @@ class Reader:
         for style in self.styles:
             member = next(m for m in self.members if m.prompt == style)
             ids = member.read(prompt, reference)
-            if self.map is not None and is_ids(prompt) and style in ("given", "plain"):
+            if self.map is not None and not self.foreign and is_ids(prompt) and style in ("given", "plain"):
                 ids = self.map.feed(torch.tensor(ids)).tolist()
             found.append(tuple(ids))
         return tuple(found)
@@ -198,12 +196,19 @@ def readers_of(members: Sequence[Member], base: int, whole: bool) -> tuple[list[
     reference, height = members[base].tokenizer, main.rows_of_weights
     maps = []
     for reader in readers:
-        first = reader.members[0]
-        ends = sorted(end_tokens(None, [first.model]))
-        maps.append(
-            align(reference, height, first.tokenizer, reader.rows_of_weights, token_map=first.token_map, ends=ends,
-                  name=f"'{first.name}'", reference_name=f"'{members[base].name}'")
-        )  # fmt: skip
+        one, rows = reader.members[0], reader.rows_of_weights
+        own, main_name = f"'{one.name}'", f"'{members[base].name}'"
+        if not reader.foreign:
+            ends = sorted(end_tokens(None, [one.model]))
+            maps.append(
+                align(reference, height, one.tokenizer, rows, token_map=one.token_map, ends=ends, name=own,
+                      reference_name=main_name)
+            )  # fmt: skip
+            continue
+        if reader is main or one.tokenizer is None or reference is None:
+            raise SurgeryError(f"The foreign member {own} follows a base, and both need tokenizers.")
+        reader.decoder = ForeignDecoder(one.model, one.tokenizer, reference, height, name=own, reference_name=main_name)
+        maps.append(reader.decoder.map)
     for reader, found in zip(readers, maps, strict=True):
         reader.map = found.to(next(reader.members[0].model.parameters()).device)
     return readers, maps[readers.index(main)].size

@@ -35,6 +35,8 @@ class Member:
     most from the last (DoLa's premature layer)."""
     token_map: Mapping[Any, Any] = field(default_factory=dict)
     """Reference token -> own token, where strings alone don't tell."""
+    foreign: bool = False
+    """Its tokenizer splits text otherwise than the base's: it follows the text (see `foreign`, experimental)."""
     decoders: dict[bool, CausalDecoder] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -61,7 +63,7 @@ class Member:
             prompt = self.prompt(prompt)
         if is_ids(prompt):
             ids: list[int] = [int(t) for t in prompt]  # type: ignore[arg-type]
-            if self.prompt in ("given", "plain") or callable(self.prompt):
+            if callable(self.prompt) or (self.prompt in ("given", "plain") and not self.foreign):
                 return ids
             prompt = self._text(ids, reference)
         if self.tokenizer is None:

@@ -20,11 +20,12 @@ Every argument that is a model is what `member` gives. A new rule is one functio
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from surgery.errors import SurgeryError
 from surgery.logits.combine import Mode
 from surgery.logits.ensemble import Ensemble
-from surgery.logits.members import Member, Style
+from surgery.logits.members import Style
 from surgery.registry import Registry
 
 RULES: Registry[Callable[..., Ensemble]] = Registry("rule")
@@ -107,7 +108,7 @@ def dola(model: Ensemble, layers: int | Sequence[int], alpha: float = 0.1, *, ba
     """
     one = (base or model).base
     layer = layers if isinstance(layers, int) else tuple(layers)
-    lens = Member(one.model, one.tokenizer, one.prompt, one.name, layer, one.token_map, one.decoders)
+    lens = replace(one, layer=layer)
     return (model - Ensemble([(lens, 1.0)])).filtered("plausible", alpha, on=model)
 
 
@@ -161,9 +162,7 @@ def guidance(
         other = unconditioned
     else:
         one = model.base
-        other = Ensemble(
-            [(Member(one.model, one.tokenizer, unconditioned, one.name, one.layer, one.token_map, one.decoders), 1.0)]
-        )
+        other = Ensemble([(replace(one, prompt=unconditioned), 1.0)])
     return scale * model + (1 - scale) * other
 
 
@@ -198,7 +197,7 @@ def layers(model: Ensemble, weights: Mapping[int, float], last: float = 1.0) -> 
     """
     one, found = model.base, last * model
     for layer, weight in weights.items():
-        lens = Member(one.model, one.tokenizer, one.prompt, one.name, layer, one.token_map, one.decoders)
+        lens = replace(one, layer=layer)
         found = found + weight * Ensemble([(lens, 1.0)])
     return found
 
