@@ -45,7 +45,8 @@ class Hypothesis:
     log_probs: list[float]
     """Nats, one a token, as a `Rollout` has them: before truncation, at the temperature when sampling."""
     score: float
-    """What hypotheses are ranked by: the sum of the (tempered) log-probabilities / length ** length_penalty."""
+    """What hypotheses are ranked by: the sum of the (tempered) log-probabilities / length ** length_penalty; without
+    `normalise` that of the logits."""
     ended: bool
     """An end-of-sequence token or a stop string came; otherwise the search did."""
 
@@ -92,16 +93,19 @@ def beam_search(
     seeds: Sequence[int] | None = None,
     returned: int = 1,
     stopped: Stopped | None = None,
+    normalise: bool = True,
 ) -> Iterator[tuple[int, list[Hypothesis]]]:
     """Yields (prompt, its `returned` best hypotheses, best first) as prompts are done.
 
     `logits` and `state` come from the decoder's `prefill`, one row a prompt; run it inside `undisturbed`, as `decode`.
     `sampling` None or at temperature 0 is beam search; otherwise candidates are drawn, with its temperature, top-k,
     top-p and min-p (which leave at least 1 + len(ends) tokens a beam) and noise from each prompt's seed alone.
-    `early_stopping` as in transformers: True ends with `beams` finished hypotheses, False when the best running beam is
-    worse than all of them at its present length, "never" when it is at its best length. There are fewer hypotheses when
-    filters leave fewer. Stopped by Ctrl-C, it yields what there is, running beams included, and KeyboardInterrupt goes
-    on. Raises `SurgeryError` for numbers out of range, missing seeds and logits that are not finite.
+    Without `normalise` the logits themselves are added up, for a composition its scores: a beam ahead in them stays
+    ahead, even where a token was the only one allowed. `early_stopping` as in transformers: True ends with `beams`
+    finished hypotheses, False when the best running beam is worse than all of them at its present length, "never" when
+    it is at its best length. There are fewer hypotheses when filters leave fewer. Stopped by Ctrl-C, it yields what
+    there is, running beams included, and KeyboardInterrupt goes on. Raises `SurgeryError` for numbers out of range,
+    missing seeds and logits that are not finite.
     """
     drawing = sampling if sampling is not None and sampling.temperature > 0 else None
     _check(len(logits), beams, max_new_tokens, returned, early_stopping, drawing, seeds)
@@ -119,7 +123,8 @@ def beam_search(
     try:
         for t in range(max_new_tokens):
             log_probs = logits.float().log_softmax(-1)
-            scores = warped(log_probs, drawing, least).view(*running.scores.shape, vocab) + running.scores.unsqueeze(2)
+            added = warped(log_probs if normalise else logits.float(), drawing, least)
+            scores = added.view(*running.scores.shape, vocab) + running.scores.unsqueeze(2)
             if (wrong := ~torch.isfinite(scores.amax((1, 2)))).any():
                 raise NotFiniteError(int(running.prompts[wrong][0]), t, state)
             values, index = _candidates(
@@ -163,7 +168,10 @@ def beam_search(
 
 
 def warped(log_probs: Float[Tensor, "row vocab"], sampling: Sampling | None, least: int) -> Float[Tensor, "row vocab"]:
-    """Divided by the temperature; what top-k, top-p and min-p leave out is -inf, of which `least` tokens are spared."""
+    """Divided by the temperature; what top-k, top-p and min-p leave out is -inf, of which `least` tokens are spared.
+
+    Logits that are not normalised stay so.
+    """
     if sampling is None:
         return log_probs
     if sampling.temperature != 1:

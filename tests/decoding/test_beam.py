@@ -245,3 +245,27 @@ def test_bad_numbers_are_named():
     ):
         with pytest.raises(SurgeryError, match=words):
             searched(Table(torch.zeros(50, 50)), **options)
+
+
+def test_logits_that_are_not_normalised_are_added_up_as_they_are():
+    """The best sum over all sequences of three tokens; log-probabilities would choose another one."""
+    torch.manual_seed(3)
+    table = torch.randn(6, 6) * 2
+    table[:, 4:] = -torch.inf  # what is forbidden does not count
+    ids, mask = torch.tensor([[0], [3]]), torch.ones(2, 1)
+    options = {"beams": 64, "ends": (), "new": 3, "returned": 3}
+    ours = searched(Table(table), ids, mask, normalise=False, **options)
+    usual = searched(Table(table), ids, mask, **options)
+    for first, found in zip((0, 3), ours, strict=True):
+        sums = {
+            (a, b, c): float(table[first, a] + table[a, b] + table[b, c])
+            for a in range(4) for b in range(4) for c in range(4)
+        }  # fmt: skip
+        assert [3 * one.score for one in found] == pytest.approx(sorted(sums.values())[-1:-4:-1], abs=1e-5)
+        assert [3 * one.score for one in found] == pytest.approx([sums[tuple(one.tokens)] for one in found], abs=1e-5)
+        chosen = table.log_softmax(-1)
+        for one in found:
+            line = [first, *one.tokens]
+            expected = [float(chosen[a, b]) for a, b in zip(line, line[1:], strict=False)]
+            assert one.log_probs == pytest.approx(expected, abs=1e-5)
+    assert [h[0].tokens for h in ours] != [h[0].tokens for h in usual]
