@@ -12,8 +12,8 @@ other letters.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,7 +61,7 @@ def generate(
     model: Any,
     prompts: Sequence[Prompt],
     *,
-    sampling: Sampling = GREEDY,
+    sampling: Sampling | None = None,
     group: int = 1,
     seed: int = 0,
     beams: Beams | int | None = None,
@@ -69,17 +69,19 @@ def generate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress | None = None,
 ) -> list[Generation]:
-    """`group` completions of each prompt, groups contiguous; greedy by default.
+    """`group` completions of each prompt, groups contiguous.
 
-    `prompts`: texts, lists of messages or token ids. A row's noise depends on `seed`, its prompt's place and its place
+    Greedy by default, as far as contexts go and for 256 tokens at most. `prompts`: texts, lists of messages or token ids. A row's noise depends on `seed`, its prompt's place and its place
     in the group only. Log-probabilities are the composition's, normalised over its vocabulary after its filter and
     before truncation; with `members` also each member's own. With `beams` (how many, or `Beams` with a length penalty)
     a prompt's group are the best of them, best first; at a temperature above 0 they are drawn. Ctrl-C ends it early:
     what is there is returned, `ended` "interrupted". Raises `SurgeryError` for prompts that don't fit into a member's
     context, naming it, and for scores that are not finite.
     """
+    if isinstance(prompts, str) or any(isinstance(one, (int, Mapping)) for one in prompts):
+        raise SurgeryError("Prompts come in a list, and this is one prompt.", hint="Wrap it: [prompt].")
     beams = Beams(beams) if isinstance(beams, int) else beams
-    run: Any = _generator(model, tokenizer, sampling, members, beams)
+    run: Any = _generator(model, prompts, tokenizer, sampling, members, beams)
     if beams is not None and not isinstance(run, LocalGenerator):
         raise SurgeryError("Beams need models to decode from; this draws whole completions.")
     seeds = [(seed << 32) + i for i in range(len(prompts))]
@@ -103,7 +105,7 @@ def stream(
     model: Any,
     prompt: Prompt,
     *,
-    sampling: Sampling = GREEDY,
+    sampling: Sampling | None = None,
     seed: int = 0,
     index: int = 0,
     members: bool = True,
@@ -114,7 +116,7 @@ def stream(
     `index` is the prompt's place among those that `generate` is given. With `members` each piece says what every member
     gave its token.
     """
-    run = _generator(model, tokenizer, sampling, members)
+    run = _generator(model, [prompt], tokenizer, sampling, members)
     if not isinstance(run, Composed):
         raise SurgeryError("A stream needs models to decode from; this draws whole completions.")
     yield from run.stream(prompt, (seed << 32) + index)
@@ -241,16 +243,21 @@ def _settled(text: str, stops: Sequence[str]) -> str:
 
 
 def _generator(
-    model: Any, tokenizer: PreTrainedTokenizerBase | None, sampling: Sampling, members: bool, beams: Beams | None = None
+    model: Any,
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase | None,
+    sampling: Sampling | None,
+    members: bool,
+    beams: Beams | None = None,
 ) -> LocalGenerator | Any:
     if isinstance(model, (str, Path, nn.Module)):
         model = member(model, tokenizer)
     if isinstance(model, Ensemble):
-        return Composed(model, sampling, members, beams)
+        return Composed(model, sampling or replace(GREEDY, max_new_tokens=room(model, prompts)), members, beams)
     if members:
         raise SurgeryError("Only the members of an ensemble can be told apart: members=True needs one.")
     if hasattr(model, "prefill"):
-        return LocalGenerator(model, _needed(tokenizer), sampling, beams)
+        return LocalGenerator(model, _needed(tokenizer), sampling or GREEDY, beams)
     return model
 
 

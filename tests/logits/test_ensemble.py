@@ -279,6 +279,12 @@ def test_logits_that_are_no_numbers_name_the_member(a):
         list(stream(found, "ab", sampling=GREEDY))
 
 
+@pytest.mark.parametrize("prompt", ["ab", [5, 6], [{"role": "user", "content": "ab"}]])
+def test_one_prompt_that_is_in_no_list(a, prompt):
+    with pytest.raises(SurgeryError, match="Wrap it|in a list"):
+        generate(a, prompt)
+
+
 def test_a_model_without_a_cache_is_refused():
     from transformers import MambaConfig, MambaForCausalLM
 
@@ -349,3 +355,12 @@ def test_a_foreign_member_follows_the_text(a):
     assert tokens(a + foreign) == expected
     with pytest.raises(SurgeryError, match="follows a base"):
         generate(foreign, PROMPTS, sampling=GREEDY)
+
+
+def test_by_default_as_far_as_contexts_go(a):
+    silent = llama(2, max_position_embeddings=20)
+    with torch.no_grad():
+        silent.lm_head.weight[2] = -40 * silent.model.norm.weight  # hardly ever ends
+    drawn = generate(member(silent, tokenizer()), [PROMPTS[0], PROMPTS[1]])
+    assert max(len(g.completion_ids) for g in drawn) <= 13 and all(g.completion_ids for g in drawn)
+    assert "".join(p.text for p in stream(member(silent, tokenizer()), PROMPTS[1])) == drawn[1].text
