@@ -71,12 +71,13 @@ def generate(
 ) -> list[Generation]:
     """`group` completions of each prompt, groups contiguous.
 
-    Greedy by default, as far as contexts go and for 256 tokens at most. `prompts`: texts, lists of messages or token ids. A row's noise depends on `seed`, its prompt's place and its place
-    in the group only. Log-probabilities are the composition's, normalised over its vocabulary after its filter and
-    before truncation; with `members` also each member's own. With `beams` (how many, or `Beams` with a length penalty)
-    a prompt's group are the best of them, best first; at a temperature above 0 they are drawn. Ctrl-C ends it early:
-    what is there is returned, `ended` "interrupted". Raises `SurgeryError` for prompts that don't fit into a member's
-    context, naming it, and for scores that are not finite.
+    Greedy by default, as far as contexts go and for 256 tokens at most. `prompts`: texts, lists of messages or token
+    ids. A row's noise depends on `seed`, its prompt's place and its place in the group only. Log-probabilities are the
+    composition's, normalised over its vocabulary after its filter and before truncation; with `members` also each
+    member's own. With `beams` (how many, or `Beams` with a length penalty) a prompt's group are the best of them, best
+    first; at a temperature above 0 they are drawn. Ctrl-C ends it early: what is there is returned, `ended`
+    "interrupted". Raises `SurgeryError` for prompts that don't fit into a member's context, naming it, and for scores
+    that are not finite.
     """
     if isinstance(prompts, str) or any(isinstance(one, (int, Mapping)) for one in prompts):
         raise SurgeryError("Prompts come in a list, and this is one prompt.", hint="Wrap it: [prompt].")
