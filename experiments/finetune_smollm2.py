@@ -11,21 +11,24 @@ AdamW works on a float32 copy, without which most updates would round to nothing
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import multiprocessing
 import os
 import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 
 from analysis.evaluate import accuracy, answer_log_likelihood, load, perplexity, prompt_ids
 from analysis.results import Result
 from surgery.tasks import Example, gsm8k, same_number, svamp
-from surgery.zoo import get
+from surgery.zoo import cache_dir, get
 
 DATA = {"gsm8k": gsm8k, "svamp": svamp}
 HELD_OUT = {"gsm8k": 60, "svamp": 100}
@@ -113,6 +116,28 @@ def make(out: Path, name: str, options: argparse.Namespace) -> None:
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     os.replace(temporary, out / name)
+
+
+def cached(recipe: Mapping[str, Any]) -> Path:
+    """The folder of a fine-tuning in the cache, trained when it is not there, with `training.json` of how it went.
+
+    `recipe`: data, steps, size, lr, seed, longest.
+    """
+    name = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]
+    folder = cache_dir() / f"smollm2-{recipe['data']}-{name}"
+    if not folder.is_dir():
+        words: dict[str, Any] = {k: v for k, v in recipe.items() if k not in ("data", "longest")}
+        data = DATA[recipe["data"]]("train")
+        model, tokenizer = load(get("smollm2"))
+        began = time.process_time()
+        losses = finetune(model, rows(tokenizer, data, int(recipe["longest"])), name=folder.name, **words)
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        said = {"recipe": dict(recipe), "losses": losses, "cpu_seconds": time.process_time() - began}
+        (temporary / "training.json").write_text(json.dumps(said) + "\n", encoding="utf-8")
+        os.replace(temporary, folder)
+    return folder
 
 
 def training_record(out: Path, name: str) -> Path:

@@ -23,7 +23,6 @@ higher on problems than on tinyshakespeare: the interval of the difference is ab
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import time
@@ -35,7 +34,7 @@ from typing import Any
 
 import numpy as np
 from arena import one_thread, rounded, write
-from finetune_smollm2 import finetune, rows
+from finetune_smollm2 import cached
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -51,7 +50,7 @@ from analysis.tuco import tuco
 from surgery.errors import SurgeryError
 from surgery.models import Pair, encoded_prompts, load
 from surgery.tasks import TASKS, svamp
-from surgery.zoo import cache_dir, get
+from surgery.zoo import get
 
 RECIPE = {"data": "svamp", "steps": 24, "size": 8, "lr": 5e-5, "seed": 0, "longest": 120}
 SITES = {"resid_pre": "stream by position", "z": "heads, all positions"}
@@ -83,25 +82,6 @@ class Prompts:
 
 
 # ---- models and prompts
-
-
-def fine_tuned() -> Path:
-    """The folder of the fine-tuning in the cache, trained when it is not there."""
-    name = hashlib.sha256(json.dumps(RECIPE, sort_keys=True).encode()).hexdigest()[:8]
-    folder = cache_dir() / f"smollm2-svamp-{name}"
-    if not folder.is_dir():
-        words: dict[str, Any] = {k: v for k, v in RECIPE.items() if k not in ("data", "longest")}
-        data = svamp("train")
-        model, tokenizer = load(get("smollm2"))
-        began = time.process_time()
-        losses = finetune(model, rows(tokenizer, data, int(RECIPE["longest"])), name=folder.name, **words)
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        said = {"recipe": RECIPE, "losses": losses, "cpu_seconds": time.process_time() - began}
-        (temporary / "training.json").write_text(json.dumps(said) + "\n", encoding="utf-8")
-        os.replace(temporary, folder)
-    return folder
 
 
 def shakespeare(tokenizer: Any, lengths: Sequence[int], rng: Random) -> list[list[int]]:
@@ -376,7 +356,7 @@ def main() -> None:
             prompts = tiny_prompts(pair.tokenizer, 8)
         else:
             prompts = real_prompts(load(get("smollm2"))[1], min(options.n, len(REQUESTS) * len(ABOUT)))
-            folder = fine_tuned()
+            folder = cached(RECIPE)
             pair = Pair.load(get("smollm2"), folder, dtype="float32")
             trained = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     except SurgeryError as error:
