@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +92,6 @@ class Ensemble:
         if filter is not None and (seen := _member(filter.on)) is not None and seen.key not in met:
             self.terms.append((seen, 0.0))
         self.filter, self._base, self.missing = filter, base, missing
-        self._readers: dict[bool, tuple[list[Reader], int]] = {}
         self._whole = False
 
     # ---- algebra
@@ -197,15 +198,21 @@ class Ensemble:
     @property
     def readers(self) -> list[Reader]:
         """One a model; made when first needed, which compares vocabularies and tries the models out."""
-        return self._made()[0]
+        return self._made.readers
 
-    def _made(self) -> tuple[list[Reader], int]:
+    @cached_property
+    def _made(self) -> _Made:
+        """What decoding needs of this sum, found once."""
         if not any(self.weights):
             raise SurgeryError(f"Nothing is left of this ensemble: all weights are 0 ({self}).")
-        if self._whole not in self._readers:
-            at = next(i for i, m in enumerate(self.members) if m.key == self.base.key)
-            self._readers[self._whole] = readers_of(self.members, at, self._whole)
-        return self._readers[self._whole]
+        places = {one.key: at for at, one in enumerate(self.members)}
+        base = places[self.base.key]
+        readers, vocabulary = readers_of(self.members, base, self._whole)
+        known = {at: reader.known for reader in readers for at in reader.index}
+        seen = base
+        if self.filter is not None and (wanted := _member(self.filter.on)) is not None:
+            seen = places[wanted.key]
+        return _Made(readers, vocabulary, base, [known[at] for at in range(len(known))], seen)
 
     def croppable(self) -> Ensemble:
         """The same, with states that can be cropped."""
@@ -216,7 +223,7 @@ class Ensemble:
     @property
     def vocabulary(self) -> int:
         """Size of the common vocabulary."""
-        return self._made()[1]
+        return self._made.vocabulary
 
     @property
     def context(self) -> int | None:
@@ -272,29 +279,21 @@ class Ensemble:
         by_member: dict[int, Tensor] = {}
         for reader, logits in zip(self.readers, told, strict=True):
             by_member |= {at: reader.values(one) for at, one in zip(reader.index, logits, strict=True)}
-        alone = len(self.terms) == 1 and self.filter is None  # then no sum needs what normalising costs
         values = [by_member[at].to(by_member[0].device) for at in range(len(self.terms))]
-        state.log_probs = values if alone else [one.log_softmax(-1) for one in values]
+        # Of one member nothing is summed, and what draws from it normalises anyway.
+        state.log_probs = values if len(values) == 1 and self.filter is None else [v.log_softmax(-1) for v in values]
         return self.combined(state.log_probs)
 
     def combined(self, log_probs: Sequence[Float[Tensor, "*row vocab"]]) -> Float[Tensor, "*row vocab"]:
         """The members' log-probabilities as unnormalised scores, filtered."""
-        at = next(i for i, m in enumerate(self.members) if m.key == self.base.key)
-        known = [self._reader(i).known for i in range(len(self.terms))]
-        if len(self.terms) == 1 and self.filter is None and known[0] is None:
-            return log_probs[0] if self.weights[0] == 1 else log_probs[0] * self.weights[0]
-        scores = combine(log_probs, self.weights, at, known, self.missing)
+        made, weights = self._made, self.weights
+        if len(weights) == 1 and self.filter is None and made.known[0] is None:
+            return log_probs[0] if weights[0] == 1 else log_probs[0] * weights[0]
+        scores = combine(log_probs, weights, made.base, made.known, self.missing)
         if self.filter is None:
             return scores
-        if self.filter.on == "scores":
-            seen = normalised(scores)
-        else:
-            wanted = _member(self.filter.on) or self.base
-            seen = log_probs[next(i for i, m in enumerate(self.members) if m.key == wanted.key)]
-        return self.filter.apply(scores, seen, self.weights[at] * log_probs[at])
-
-    def _reader(self, at: int) -> Reader:
-        return next(reader for reader in self.readers if at in reader.index)
+        seen = normalised(scores) if self.filter.on == "scores" else log_probs[made.seen]
+        return self.filter.apply(scores, seen, weights[made.base] * log_probs[made.base])
 
     def failing(self, state: EnsembleState) -> str | None:
         """Which member said something that is no number, if one did."""
@@ -302,6 +301,18 @@ class Ensemble:
             if bool(values.isnan().any()):
                 return self.name_of(one)
         return None
+
+
+@dataclass(frozen=True)
+class _Made:
+    readers: list[Reader]
+    vocabulary: int
+    base: int
+    """The base's place among the members."""
+    known: list[Tensor | None]
+    """By member: which tokens it has."""
+    seen: int
+    """The member that the filter looks at."""
 
 
 def _member(thing: Any) -> Member | None:
