@@ -12,17 +12,19 @@
 | vocabulary.py, foreign.py | which token of one model is which of another; a tokenizer that splits otherwise |
 | generate.py | `generate`, `stream` |
 | speculative.py | `speculate`: one member drafts, the others judge blocks |
+| hooks.py | `as_generate`, `EnsembleLogitsProcessor`: an ensemble inside transformers' own `generate` |
 | score.py | `log_likelihood`, `perplexity` of given texts |
 """
 
 from surgery.logits.combine import Filter
 from surgery.logits.ensemble import Ensemble, member
 from surgery.logits.generate import Generation, Piece, generate, stream
+from surgery.logits.hooks import EnsembleLogitsProcessor, as_generate
 from surgery.logits.members import Member
 from surgery.logits.score import Scored, log_likelihood, perplexity
 from surgery.logits.speculative import Speculation, speculate
 
 __all__ = [
-    "Ensemble", "Filter", "Generation", "Member", "Piece", "Scored", "Speculation", "generate", "log_likelihood", "member",
-    "perplexity", "speculate", "stream",
+    "Ensemble", "EnsembleLogitsProcessor", "Filter", "Generation", "Member", "Piece", "Scored", "Speculation",
+    "as_generate", "generate", "log_likelihood", "member", "perplexity", "speculate", "stream",
 ]  # fmt: skip
