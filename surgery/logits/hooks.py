@@ -267,7 +267,7 @@ def _without(readers: Sequence[Reader], own: int) -> list[Reader]:
         if index:
             members = [one for one, at in zip(reader.members, reader.index, strict=True) if at != own]
             found.append(Reader(members, index, whole=False))
-            found[-1].map = reader.map
+            found[-1].map, found[-1].decoder = reader.map, reader.decoder
     return found
 
 
