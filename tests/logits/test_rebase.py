@@ -150,6 +150,7 @@ def test_no_prefix_is_read_twice(zoo):
     for one in search.decoders.different:
         # Equal solutions are written apart, so there may be more; abandoned nodes are read to their ends.
         assert len(prompt) + len(written) <= one.tokens <= len(prompt) + 7 * sum(tree.nodes)
+    assert len(written) < tree.tokens < sum(one.tokens for one in search.decoders.different)
     assert search.decoders.spent == sum(one.tokens for one in search.decoders.different) * 447_552
 
 

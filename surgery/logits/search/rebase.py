@@ -172,6 +172,7 @@ class _Trees:
         self.search, self.prompts, self.width, self.seeds = search, prompts, width, seeds
         self.solutions: list[list[Path]] = [[] for _ in prompts]
         self.nodes: list[list[int]] = [[] for _ in prompts]
+        self.tokens = [0] * len(prompts)
 
     def grown(self) -> list[Tree]:
         search = self.search
@@ -187,7 +188,7 @@ class _Trees:
         for group in running:
             for path in group.paths:
                 self.solutions[path.prompt].append(path)
-        return [Tree(tuple(s), tuple(n)) for s, n in zip(self.solutions, self.nodes, strict=True)]
+        return [Tree(tuple(s), tuple(n), t) for s, n, t in zip(self.solutions, self.nodes, self.tokens, strict=True)]
 
     def _given(self, running: list[_Nodes], level: int) -> Iterator[tuple[_Nodes, Tensor]]:
         """Every node as often as it has children, and their noise."""
@@ -250,6 +251,8 @@ class _Trees:
         scores = [float(score) for score in self.search.scorer(flat)]
         if len(scores) != len(flat) or not np.isfinite(scores).all():
             raise SurgeryError(f"The scorer gave {scores} for {len(flat)} steps; expected one finite number a step.")
+        for path in flat:
+            self.tokens[path.prompt] += len(path.steps[-1].tokens)
         rated = (replace(p, steps=(*p.steps[:-1], replace(p.steps[-1], score=score)))
                  for p, score in zip(flat, scores, strict=True))  # fmt: skip
         for path in islice(rated, len(complete)):

@@ -76,6 +76,8 @@ class Tree:
     """As many as the budget, in the order in which they were complete; some may have run out of tokens or depth."""
     nodes: tuple[int, ...]
     """How many steps were written at each depth."""
+    tokens: int
+    """Of all steps, also of those that have no children."""
 
     @property
     def rollouts(self) -> list[Rollout]:
