@@ -211,9 +211,8 @@ class _Speculator(Composed):
             self.readers.append(_beside(self.decoder.base, drafter))
             self.readers[-1].decoder.room = self.readers[0].decoder.room
             self._models = (*self._models, drafter.model)
-        for i, reader in enumerate(self.readers):
-            for member in reader.members:
-                self.report.calls[self._name(i, member)] = 0
+        self.names = [[self._name(i, one) for one in reader.members] for i, reader in enumerate(self.readers)]
+        self.report.calls |= {name: 0 for names in self.names for name in names}
 
     def _name(self, at: int, member: Member) -> str:
         if at < len(self.decoder.readers):
@@ -316,8 +315,8 @@ class _Speculator(Composed):
         return self.readers[at].read(tokens, state)
 
     def _count(self, at: int) -> None:
-        for member in self.readers[at].members:
-            self.report.calls[self._name(at, member)] += 1
+        for name in self.names[at]:
+            self.report.calls[name] += 1
 
     def _tell(self, index: int, row: _Row, new: list[int], scores: Tensor, log_probs: list[Tensor]) -> None:
         """Adds tokens, of which (pos, vocab) scores and by member (1, pos, vocab) log-probabilities tell."""
