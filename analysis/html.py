@@ -127,6 +127,30 @@ def page(title: str, *parts: Html | Figure | str, figures: Literal["svg", "png"]
     return Html("\n".join(body), title)
 
 
+def table(heads: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str = "") -> Html:
+    """Rows under their heads; floats with three digits, columns of numbers to the right.
+
+    Raises `SurgeryError` for a row of another length.
+    """
+    rows = list(rows)
+    if wrong := [row for row in rows if len(row) != len(heads)]:
+        raise SurgeryError(f"A row has {len(wrong[0])} cells under {len(heads)} heads: {list(wrong[0])!r}.")
+    numbers = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(heads))]
+    looks = [
+        "text-align:right" if number else "text-align:left;font-family:ui-monospace,monospace" for number in numbers
+    ]
+    cell = "padding:0.15em 0.8em;border-bottom:1px solid #ccc"
+    parts = [f'<h3 style="{WORDS};margin:0.6em 0">{_said(title)}</h3>'] if title else []
+    parts.append(f'<table style="{WORDS};border-collapse:collapse;color:#111"><tr>')
+    for head, number in zip(heads, numbers, strict=True):
+        parts.append(f'<th style="{cell};text-align:{"right" if number else "left"}">{_said(head)}</th>')
+    for row in rows:
+        parts.append("</tr><tr>")
+        texts = [f"{entry:.3g}" if isinstance(entry, float) else str(entry) for entry in row]
+        parts += [f'<td style="{cell};{look}">{_said(text)}</td>' for text, look in zip(texts, looks, strict=True)]
+    return Html("".join([*parts, "</tr></table>"]), title)
+
+
 @dataclass(frozen=True)
 class _Scale:
     """Values to colours, from `low` to `high`."""
