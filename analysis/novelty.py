@@ -235,7 +235,7 @@ def _introduced(texts: Texts, found: Sequence[Contrasted], told: Sequence[str | 
         words += f" In a novel domain: {len(labels)} ({counts})."
     if len(found) > 1 and all(len(one.ids) > 1 for one in found):
         words += f" Distinct-2 {float(distinct(found).mean):.2f}, similarity {float(similarity(found).mean):.2f}."
-    return f"{words} On blue fine-tuning made a token likelier, on red (underlined) less. Hover over a token for its values."
+    return f"{words} On blue fine-tuning made a token likelier, on red (underlined) less: hover over it for its values."
 
 
 def _caption(number: int, place: int, one: Contrasted, label: str | None) -> str:
