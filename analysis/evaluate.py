@@ -59,7 +59,7 @@ def evaluate(
     Greedy without `samples`; with it (examples, sample), drawn at `temperature`: row i's noise depends on `seed`, i and
     the sample only. Columns: the row's labels (`labels_of`), `row` (its index), completion, and `truncated`, the share
     of completions that did not end by themselves. Rows whose answer can't be parsed are left out, and counted in
-    `meta`.
+    `meta`. Of a composition the members read the prompts in their own ways; `chat` is for one model.
 
     A `Generator` samples by its own settings (`temperature`, `max_new_tokens` are not used). Raises `SurgeryError` when
     the tokenizer is missing, no row is left, or a prompt does not fit into the context.
@@ -70,7 +70,8 @@ def evaluate(
         model, tokenizer = load(model)
     group = 1 if samples is None else samples
     prompts = [row["prompt"] for row in rows]
-    encoded = encoded_prompts(_needed(tokenizer), prompts, chat)
+    # The members of a composition read a prompt each in their own way.
+    encoded = prompts if _is_composed(model) and not chat else encoded_prompts(_needed(tokenizer), prompts, chat)
     longest = max_new_tokens or _room(model, encoded)
     sampling = Sampling(longest, 0.0 if samples is None else temperature, batch_size=batch_size)
     drawn = respond(model, encoded, _needed(tokenizer), sampling, group, seed, progress)
@@ -100,17 +101,23 @@ def labels_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def respond(
     model: PreTrainedModel | Decoder | Generator,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Any],
     tokenizer: PreTrainedTokenizerBase,
     sampling: Any,
     group: int = 1,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[list[Rollout]]:
-    """`group` rollouts of each prompt (token ids), in the order of `prompts`; a `Generator` is used as it is."""
-    from surgery.decoding import LocalGenerator
+    """`group` rollouts of each prompt (token ids), in the order of `prompts`; a `Generator` is used as it is.
 
-    run: Any = LocalGenerator(model, tokenizer, sampling) if _is_local(model) else model  # type: ignore[arg-type]
+    A composition of models takes texts and messages too.
+    """
+    from surgery.decoding import LocalGenerator
+    from surgery.logits.generate import Composed
+
+    run: Any = model
+    if _is_local(model):
+        run = Composed(model, sampling) if _is_composed(model) else LocalGenerator(model, tokenizer, sampling)  # type: ignore[arg-type]
     found: list[list[Rollout]] = [[] for _ in prompts]
     for batch in by_length(prompts, max(1, sampling.batch_size // group), progress):
         # Seeds of two evaluations share no number, whatever their prompts.
@@ -200,8 +207,16 @@ def _is_local(model: Any) -> bool:
     return isinstance(model, nn.Module) or hasattr(model, "prefill")
 
 
-def _room(model: Any, prompts: Sequence[Sequence[int]]) -> int:
+def _is_composed(model: Any) -> bool:
+    return hasattr(model, "prefill_encoded")
+
+
+def _room(model: Any, prompts: Sequence[Any]) -> int:
     """New tokens that the longest prompt leaves room for, at most `LONGEST`."""
+    if _is_composed(model):
+        from surgery.logits.generate import room
+
+        return room(model, prompts, LONGEST)
     config = getattr(model, "config", None)
     context = getattr(config, "max_position_embeddings", None) or getattr(model, "context", None)
     return LONGEST if context is None else max(1, min(LONGEST, context - max(map(len, prompts), default=0)))

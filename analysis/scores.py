@@ -102,8 +102,8 @@ def score(
     """Accuracy of `model` (as `analysis.evaluate.evaluate` takes it, with `settings`), and what else is asked for.
 
     `pass_at` are the k of pass@k, and of maj@k with `majority` (else maj@samples); without `samples` the largest k are
-    drawn. `likelihood` is that of each row's `completion`, which needs a model. Raises `SurgeryError` for a k that is
-    not in 1..samples and for rows without completion, before anything is generated.
+    drawn. `likelihood` is that of each row's `completion`, which needs a model or a composition of models. Raises
+    `SurgeryError` for a k that is not in 1..samples and for rows without completion, before anything is generated.
     """
     ks = sorted(set(pass_at))
     samples = samples or (ks[-1] if ks else None)
@@ -116,7 +116,7 @@ def score(
         raise SurgeryError(f"Row {bad[0]} has no completion whose likelihood could be measured.")
     if isinstance(model, (str, Path)):
         model, tokenizer = load(model)
-    if likelihood and not hasattr(model, "forward"):
+    if likelihood and not (hasattr(model, "forward") or hasattr(model, "prefill_encoded")):
         raise SurgeryError(f"A {type(model).__name__} has no likelihood of given answers.", hint="Leave it out.")
     total = len(rows) * (2 if likelihood else 1)
     ahead: Progress | None = progress and (lambda done, _: progress(done, total))

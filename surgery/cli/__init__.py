@@ -7,6 +7,7 @@
 | look.py    | `vector inspect`, `vector check`                                  |
 | zoo.py     | `zoo list`, `zoo get`                                             |
 | evaluate.py| `eval`                                                            |
+| generate.py| `generate`                                                        |
 | patch.py   | `patch`                                                           |
 | pairs.py   | `tuco`, `diff`                                                    |
 | circuit.py | `circuit find`, `circuit test`                                    |
@@ -15,8 +16,9 @@
 | rollouts.py | `rollouts inspect`                                               |
 | demo.py    | `demo`                                                            |
 
-Around them: frame.py (global options, what is said and how), models.py (names of models and vectors), prompts.py
-(files of prompts). Formulas are those of `surgery.formula`. A new command is one function with `@command(app, name)`.
+Around them: frame.py (global options, what is said and how), models.py (names of models and vectors), composed.py
+(formulas of models, and how their models are asked), completions.py (how completions are told), prompts.py (files of
+prompts). Formulas are those of `surgery.formula`. A new command is one function with `@command(app, name)`.
 
 Exit codes: 0 done, 1 a check failed or something went wrong while running, 2 wrong input, 130 stopped by Ctrl-C.
 """

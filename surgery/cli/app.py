@@ -8,7 +8,21 @@ from typing import Annotated
 import typer
 
 import surgery
-from surgery.cli import circuit, demo, evaluate, look, merge, methods, pairs, patch, recipes, rollouts, train, zoo
+from surgery.cli import (
+    circuit,
+    demo,
+    evaluate,
+    generate,
+    look,
+    merge,
+    methods,
+    pairs,
+    patch,
+    recipes,
+    rollouts,
+    train,
+    zoo,
+)
 from surgery.cli.frame import Debug, Json, Quiet, new_app, set_global, unwrapped
 
 app = new_app()
@@ -17,6 +31,7 @@ merge.register(app)
 methods.register(app)
 app.add_typer(zoo.app, name="zoo")
 evaluate.register(app)
+generate.register(app)
 patch.register(app)
 pairs.register(app)
 app.add_typer(circuit.app, name="circuit")

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import re
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from surgery.cli import frame, models
+from surgery.cli import composed, frame, models
+from surgery.cli.composed import (
+    DRAWN,
+    BatchSize,
+    Chat,
+    ChatFor,
+    Device,
+    Dtype,
+    Expr,
+    Foreign,
+    MaxNewTokens,
+    Missing,
+    Model,
+    Named,
+    Scaled,
+    TokenFilter,
+)  # fmt: skip
 from surgery.cli.frame import Force, command, option
 from surgery.errors import SurgeryError
 from surgery.registry import nearest
@@ -37,7 +55,9 @@ Task = Annotated[
 Number = Annotated[int, option("Examples of each task (or rows of the file).", "--n", min=1)]
 Seed = Annotated[int, option("Of the examples, and of the samples.")]
 By = Annotated[str | None, option("A line for each: task, category, difficulty.", metavar="COLUMN")]
-Against = Annotated[str | None, option("Another model on the same examples: differences are paired.", metavar="MODEL")]
+Against = Annotated[
+    str | None, option("Another model (or formula) on the same examples: differences are paired.", metavar="MODEL")
+]
 Likelihood = Annotated[bool, option("Log-likelihood and perplexity of the right answers too.", "--likelihood")]
 Out = Annotated[Path | None, option("Keep every example's result there.", "--out", "-o", metavar="DIR")]
 Plot = Annotated[Path | None, option("Draw a figure.", metavar="FILE.png")]
@@ -49,24 +69,16 @@ Answer = Annotated[str | None, option("As in '{solution}'.", panel=_FILE, metava
 Completion = Annotated[str | None, option("What --likelihood scores.", panel=_FILE, metavar="TEMPLATE",
                                           default="its column")]  # fmt: skip
 
-_SAMPLES = "Several samples of each prompt"
-Samples = Annotated[int | None, option("How many.", panel=_SAMPLES, min=1, default="one, greedy")]
-Temperature = Annotated[float, option("At which they are drawn.", panel=_SAMPLES, min=0.01)]
-PassAt = Annotated[str, option("Estimate pass@k, as in 1,4,16.", panel=_SAMPLES, metavar="K,...", default="none")]
-Majority = Annotated[bool, option("Majority votes maj@k too.", "--majority", panel=_SAMPLES)]
-
-_MODEL = "The model"
-Chat = Annotated[bool, option("Put prompts into its chat template.", "--chat", panel=_MODEL)]
-MaxNewTokens = Annotated[
-    int | None, option("Longest completion.", panel=_MODEL, min=1, default="256, as far as its context goes")
-]
-BatchSize = Annotated[int, option("Completions at a time.", panel=_MODEL, min=1)]
-Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], option("Type of its numbers.", panel=_MODEL)]
-Device = Annotated[str, option("Where it runs: cpu, cuda, ...", panel=_MODEL)]
+Samples = Annotated[int | None, option("Completions of each prompt.", panel=DRAWN, min=1, default="one, greedy")]
+Temperature = Annotated[float, option("At which they are drawn.", panel=DRAWN, min=0.01)]
+PassAt = Annotated[str, option("Estimate pass@k, as in 1,4,16.", panel=DRAWN, metavar="K,...", default="none")]
+Majority = Annotated[bool, option("Majority votes maj@k too.", "--majority", panel=DRAWN)]
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A folder, base+adapter, a hub name, or a name of the zoo.")],
+    model: Model = None,
+    expr: Expr = None,
+    named: Named = None,
     task: Task = None,
     n: Number = 200,
     seed: Seed = 0,
@@ -81,9 +93,14 @@ def evaluate(
     temperature: Temperature = 1.0,
     pass_at: PassAt = "",
     majority: Majority = False,
-    chat: Chat = False,
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 128,
+    chat: Chat = False,
+    chat_for: ChatFor = None,
+    filter: TokenFilter = None,
+    scaled: Scaled = None,
+    missing: Missing = "mask",
+    foreign: Foreign = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     out: Out = None,
@@ -94,11 +111,16 @@ def evaluate(
 
     Intervals are 95 %. Of data sets (gsm8k, svamp, math) the test split is asked. reasoning_gym:NAME is a task as well.
 
+    A formula of several models is asked as one model is. --filter is the first one's; what is said of names
+    (--chat-for, --scaled) holds for --against too.
+
     \b
     Examples:
     surgery eval tiny-chain --task chain --task copy --against tiny-base
     surgery eval tiny-chain --task chain --samples 16 --pass-at 1,4,16 --majority --by difficulty --plot chain.png
     surgery eval MODEL --task gsm8k --chat --n 100 --likelihood -o scores
+    surgery eval --expr 'large + 1.0*(tuned - small)' --model large=tiny-base --model tuned=tiny-small-chain
+        --model small=tiny-small-base --task chain --against large
     surgery eval MODEL --data problems.jsonl --prompt '{question}' --answer '{solution}' --task gsm8k
     """
     began = time.perf_counter()
@@ -109,7 +131,12 @@ def evaluate(
     templates = {"prompt": prompt, "answer": answer, "completion": completion}
     rows = _rows(task or [], n, seed, data, {k: v for k, v in templates.items() if v is not None})
     ks = _numbers(pass_at)
-    specs = [model, *([] if against is None else [against])]
+    given = models.named(named or [], "As in --model large=DIR.")
+    settings = composed.Settings(chat, chat_for or [], scaled or [], dtype, device, filter, missing, foreign or [])
+    compositions = [composed.composition(model, expr, given)]
+    if against is not None:
+        compositions.append(composed.composition(against, None, given))
+    composed.checked(compositions, given, settings)
     if by is None and len({row["task"] for row in rows}) > 1:
         by = "task"
 
@@ -119,21 +146,26 @@ def evaluate(
 
     if by is not None and by not in labels_of(rows):
         raise SurgeryError(f"The examples have no column '{by}' to group by.", hint=nearest(by, labels_of(rows)))
-    for spec in specs:
-        located(spec)  # before anything is asked
+    for each in compositions:
+        for spec in each.models.values():
+            located(spec)  # before anything is asked
 
     found: dict[str, Scores] = {}
-    for label, spec in zip(models.labels(specs), specs, strict=True):
-        loaded, tokenizer = _loaded(spec, dtype, device)
-        with frame.progress(f"Asking {label}") as advance:
+    for i, label in enumerate(composed.labels(compositions)):
+        if i:
+            settings = replace(settings, filter=None)
+        with (
+            composed.evaluated(compositions[i], given, settings) as (loaded, tokenizer, style),
+            frame.progress(f"Asking {label}") as advance,
+        ):
             found[label] = score(
                 loaded, rows, tokenizer=tokenizer, samples=samples, temperature=temperature, seed=seed, pass_at=ks,
-                majority=majority, likelihood=likelihood, chat=chat, max_new_tokens=max_new_tokens,
+                majority=majority, likelihood=likelihood, chat=style, max_new_tokens=max_new_tokens,
                 batch_size=batch_size, progress=advance,
             )  # fmt: skip
         del loaded
     ours, *other = found.values()
-    told = {"model": model, "seed": seed, **ours.summary(by)}
+    told = {"model": compositions[0].text, "models": compositions[0].models, "seed": seed, **ours.summary(by)}
     if against is not None:
         differences = {name: each.to_dict() for name, each in ours.against(other[0]).items()}
         told["against"] = {"model": against, **other[0].summary(by), "difference": differences}
@@ -167,19 +199,12 @@ def _numbers(text: str) -> list[int]:
         raise SurgeryError(f"--pass-at takes whole numbers, and '{text}' is not that.", hint="As in 1,4,16.") from None
 
 
-def _loaded(spec: str, dtype: str, device: str) -> Any:
-    from surgery.models import load, no_bars
-
-    with no_bars():
-        return load(spec, dtype, device)
-
-
 def _written(found: dict[str, Scores], by: str | None, out: Path | None, plot: Path | None) -> list[Path]:
     written: list[Path] = []
     if out is not None:
         several = len(found) > 1
         for label, scores in found.items():
-            written += scores.save(out / label.replace("/", "-") if several else out)
+            written += scores.save(out / re.sub(r"[^\w.+() -]", "-", label) if several else out)
     if plot is not None:
         from analysis.plots import save
         from analysis.scores import plot as draw
