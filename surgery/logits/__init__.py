@@ -14,10 +14,13 @@
 | speculative.py | `speculate`: one member drafts, the others judge blocks |
 | hooks.py | `as_generate`, `EnsembleLogitsProcessor`: an ensemble inside transformers' own `generate` |
 | score.py | `log_likelihood`, `perplexity` of given texts |
+| explore.py, contrasts.py | `explore`: texts that show what is new in a fine-tuning's data; contrast of tokens and texts |
 """
 
 from surgery.logits.combine import Filter
+from surgery.logits.contrasts import Contrasted, TokenContrast, contrast_texts, contrast_tokens
 from surgery.logits.ensemble import Ensemble, member
+from surgery.logits.explore import Exploration, explore
 from surgery.logits.generate import Generation, Piece, generate, stream
 from surgery.logits.hooks import EnsembleLogitsProcessor, as_generate
 from surgery.logits.members import Member
@@ -25,6 +28,7 @@ from surgery.logits.score import Scored, log_likelihood, perplexity
 from surgery.logits.speculative import Speculation, speculate
 
 __all__ = [
-    "Ensemble", "EnsembleLogitsProcessor", "Filter", "Generation", "Member", "Piece", "Scored", "Speculation",
-    "as_generate", "generate", "log_likelihood", "member", "perplexity", "speculate", "stream",
+    "Contrasted", "Ensemble", "EnsembleLogitsProcessor", "Exploration", "Filter", "Generation", "Member", "Piece",
+    "Scored", "Speculation", "TokenContrast", "as_generate", "contrast_texts", "contrast_tokens", "explore", "generate",
+    "log_likelihood", "member", "perplexity", "speculate", "stream",
 ]  # fmt: skip
