@@ -122,7 +122,9 @@ class CausalDecoder:
     ) -> Float[Tensor, "row keep vocab"]:
         """Reads several tokens a row, all of them real, and changes `state`; the logits after the last `keep` (all)."""
         count = ids.shape[1]
-        positions = state.positions[:, None] + torch.arange(count, device=ids.device)
+        positions = state.positions[:, None]
+        if count > 1:
+            positions = positions + torch.arange(count, device=ids.device)
         state.length += count
         state.positions = state.positions + count
         if state.mask is not None and state.mask.shape[1] < state.length:

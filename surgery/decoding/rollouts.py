@@ -107,14 +107,14 @@ class LocalGenerator:
                 logits, state = self._prefill(unique)
                 for start in range(0, len(members), self.sampling.batch_size):
                     part = members[start : start + self.sampling.batch_size]
-                    index = torch.tensor([at for at, _ in part], device=self._device)
-                    drawn = [row for _, row in part]
-                    begun = logits[index], state.select(index)
+                    places, drawn = [at for at, _ in part], [row for _, row in part]
+                    begun = logits, state
+                    if places != list(range(len(unique))) or len(part) < len(members):  # choosing copies the cache
+                        index = torch.tensor(places, device=self._device)
+                        begun = logits[index], state.select(index)
                     noises = noise[drawn].to(self._device)
-                    watch = self._watch(drawn)
-                    for row, ended in decode(
-                        self.decoder, *begun, noises, self.sampling, self._ends, self._stopped, watch
-                    ):
+                    stopped, watch = self._stopped if self._stop else None, self._watch(drawn)
+                    for row, ended in decode(self.decoder, *begun, noises, self.sampling, self._ends, stopped, watch):
                         prompt = drawn[row] // group
                         yield drawn[row], self._rollout(drawn[row], prompt, rows[prompt], *ended)
 
