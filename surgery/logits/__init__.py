@@ -14,7 +14,7 @@
 | speculative.py | `speculate`: one member drafts, the others judge blocks |
 | hooks.py | `as_generate`, `EnsembleLogitsProcessor`: an ensemble inside transformers' own `generate` |
 | score.py | `log_likelihood`, `perplexity` of given texts |
-| explore.py, contrasts.py | `explore`: texts that show what is new in a fine-tuning's data; contrast of tokens and texts |
+| explore.py, contrasts.py | `explore`: what is new in a fine-tuning's data; given tokens and texts by contrast |
 """
 
 from surgery.logits.combine import Filter
