@@ -8,6 +8,7 @@
 | zoo.py     | `zoo list`, `zoo get`                                             |
 | evaluate.py| `eval`                                                            |
 | generate.py| `generate`                                                        |
+| explore.py | `explore`                                                         |
 | patch.py   | `patch`                                                           |
 | pairs.py   | `tuco`, `diff`                                                    |
 | circuit.py | `circuit find`, `circuit test`                                    |

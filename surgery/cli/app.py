@@ -12,6 +12,7 @@ from surgery.cli import (
     circuit,
     demo,
     evaluate,
+    explore,
     generate,
     look,
     merge,
@@ -32,6 +33,7 @@ methods.register(app)
 app.add_typer(zoo.app, name="zoo")
 evaluate.register(app)
 generate.register(app)
+explore.register(app)
 patch.register(app)
 pairs.register(app)
 app.add_typer(circuit.app, name="circuit")

@@ -32,6 +32,8 @@ class Told:
     report: Any = None
     """Of speculation."""
     streamed: bool = False
+    _places: list[int] = field(default_factory=list)
+    """Of each row: which prompt it is of; two may be the same text."""
     began: float = field(default_factory=time.perf_counter)
 
     def add(self, found: Sequence[Generation]) -> None:
@@ -81,6 +83,7 @@ class Told:
             texts = [self.ensemble.tokenizer.decode([token]) for token in ids]
             row |= {"token_ids": ids, "token_texts": texts, "log_probs": log_probs, "members": members}
         self.rows.append(row)
+        self._places.append(prompt)
 
     @property
     def whole(self) -> int:
@@ -109,12 +112,12 @@ class Told:
         frame.result(told, *shown, *([""] if shown else []), closing)
 
     def _shown(self) -> Iterator[Any]:
-        before: Any = None
-        for row in self.rows:
+        before = -1
+        for row, place in zip(self.rows, self._places, strict=True):
             if not self.streamed:
-                if len(self.prompts) > 1 and row["prompt"] is not before:
+                if len(self.prompts) > 1 and place != before:
                     yield header(row["prompt"])
-                before = row["prompt"]
+                before = place
                 yield (f"[{row['sample'] + 1}] " if self.n > 1 else "") + row["text"]
             if self.scores:
                 yield table(row, titled=self.streamed and len(self.prompts) > 1)

@@ -139,9 +139,16 @@ def explore(
                 raise
             raise SurgeryError(f"After {begin} steps the copy of the base says nothing that is a number.",
                                hint=f"Lower the learning rate: it is {lr:g}.") from error  # fmt: skip
-        for one in told(pair, [first] * len(drawn), drawn, batch_size):
-            loss = None if step is None else step(one.ids)
-            texts.append(_scored(one, gamma, loss))
+        try:
+            try:
+                read = told(pair, [first] * len(drawn), drawn, batch_size)
+            except KeyboardInterrupt:  # it costs little beside drawing
+                interrupted, read = True, told(pair, [first] * len(drawn), drawn, batch_size)
+            for one in read:
+                loss = None if step is None else step(one.ids)
+                texts.append(_scored(one, gamma, loss))
+        except KeyboardInterrupt:
+            interrupted = True
         if progress is not None:
             progress(len(texts), n)
     names = [pair.name_of(one) for one in pair.members]

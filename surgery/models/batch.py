@@ -62,7 +62,10 @@ def _turns(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> str:
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool) -> list[list[int]]:
     """All texts in one call: a call costs more than a text."""
-    return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=special)["input_ids"]] if texts else []
+    if not texts:
+        return []
+    found = tokenizer(list(texts), add_special_tokens=special, verbose=False)  # contexts are checked where they count
+    return [list(ids) for ids in found["input_ids"]]
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
