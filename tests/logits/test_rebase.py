@@ -119,6 +119,17 @@ def test_one_greedy_solution_is_the_greedy_completion(zoo):
     assert [(r.text, r.truncated) for r in found] == [(r.text, r.truncated) for r in greedy]
 
 
+def test_a_sum_of_models_is_searched_as_one_model_is(zoo):
+    from surgery.logits import member
+
+    large, tuned, small = (member(zoo[name]) for name in ("tiny-base", "tiny-small-chain", "tiny-small-base"))
+    ensemble, prompts, sampling = large + 1.0 * (tuned - small), encoded(zoo, rows(3)), Sampling(48, temperature=0.0)
+    search = Rebase(ensemble, zoo["tokenizer"], evenly, delimiter=";", sampling=sampling)
+    greedy = LocalGenerator(ensemble, zoo["tokenizer"], sampling)(prompts, 1, range(3))
+    assert [r.text for r in search(prompts, 2, range(3))] == [r.text for r in greedy for _ in range(2)]
+    assert all(";" in r.text for r in greedy) and Counted(ensemble).parameters == 447_552 + 2 * 163_072
+
+
 @pytest.mark.parametrize("batch_size", [4, 9, 256])
 def test_a_tree_does_not_depend_on_the_others(zoo, batch_size):
     prompts = encoded(zoo, rows(5))
