@@ -52,7 +52,7 @@ def backbone_and_head(model: nn.Module) -> tuple[nn.Module, Head] | None:
 
 def unwrapped(model: Any) -> Any:
     """The transformers model inside a PEFT wrapper."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def prompt_learning(model: Any) -> bool:

@@ -84,7 +84,7 @@ def top_k(log_probs: Float[Tensor, "*row vocab"], k: int) -> Bool[Tensor, "*row 
 
 FILTERS: dict[str, Callable[[Tensor, Any], Tensor]] = {"plausible": plausible, "nucleus": nucleus, "top_k": top_k}
 _RANGES = {"plausible": (0, 1, "from 0 to 1"), "nucleus": (0, 1, "above 0 and at most 1"),
-           "top_k": (1, math.inf, "1 or more")}  # fmt: skip
+           "top_k": (1, 2**31, "of tokens, 1 or more")}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,8 @@ class Filter:
     rule: str
     value: float
     on: Any = None
-    """A member (or an ensemble of it alone); "scores", the composition; None: the base."""
+    """A member (or an ensemble of it alone, or its name there); "scores", the composition; None or "base": the base.
+    A member that is in no term yet is read along with weight 0."""
     mode: Mode = "mask"
 
     def __post_init__(self) -> None:
@@ -106,14 +107,18 @@ class Filter:
         if self.mode not in ("mask", "zero_reward"):
             raise SurgeryError(f"A filter's mode is 'mask' or 'zero_reward', and not {self.mode!r}.")
         low, high, expected = _RANGES[self.rule]
-        if not low <= self.value <= high or (self.rule == "nucleus" and self.value == 0):
+        right = isinstance(self.value, (int, float)) and low <= self.value <= high
+        if not right or (self.value == 0 if self.rule == "nucleus" else self.rule == "top_k" and self.value % 1):
             raise SurgeryError(f"{self.rule} is {self.value!r}; expected a number {expected}.")
 
     def kept(self, log_probs: Tensor) -> Tensor:
-        """(*row, vocab) bool: which tokens stay; never none."""
+        """(*row, vocab) bool: which tokens stay; never none, of numbers."""
         return FILTERS[self.rule](log_probs, self.value)
 
     def apply(self, scores: Tensor, seen: Tensor, base: Tensor) -> Tensor:
-        """`scores` with what `seen` (log-probabilities) leaves out forbidden, or replaced by `base` (w * log p)."""
+        """`scores` with what `seen` (log-probabilities) leaves out forbidden, or replaced by `base` (w * log p).
+
+        Where `seen` is no number the scores are none either: a broken member shows.
+        """
         out = base if self.mode == "zero_reward" else scores.new_tensor(-torch.inf)
-        return torch.where(self.kept(seen), scores, out)
+        return torch.where(self.kept(seen), scores, out).masked_fill_(seen.isnan(), torch.nan)

@@ -12,8 +12,8 @@ weights and its forward pass.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,8 @@ def member(
     elif not hasattr(model, "peft_config"):  # an adapter's own module is the one that runs
         model = unwrap(model)
     label = name or getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
-    layers = layer if layer is None or isinstance(layer, int) else tuple(layer)
+    label = Path(label).name if Path(label).is_absolute() else label
+    layers: Any = tuple(layer) if isinstance(layer, Iterable) else layer
     one = Member(model, tokenizer, prompt, label, layers, token_map or {}, foreign)
     return Ensemble([(one, 1.0)])
 
@@ -68,7 +69,8 @@ class Ensemble:
     """A weighted sum of members' log-probabilities with at most one token filter: a `surgery.decoding.Decoder`.
 
     Weights need not sum to 1. The base is the first member of positive weight: its vocabulary is everybody's, what it
-    forbids is forbidden. Raises `SurgeryError` for a weight that is not finite, and on use when all weights are 0.
+    forbids is forbidden. Raises `SurgeryError` for a weight that is not finite, for a base or a filter that speaks of
+    no member, and on use when all weights are 0.
     """
 
     def __init__(
@@ -80,18 +82,29 @@ class Ensemble:
     ) -> None:
         met: dict[Any, tuple[Member, float]] = {}
         for one, weight in terms:
+            if not isinstance(one, Member):
+                raise SurgeryError(f"A term is (Member, weight), and not of a {type(one).__name__}.",
+                                   hint="Ensembles are added up: 0.5 * a + b.")  # fmt: skip
             if not math.isfinite(weight):
                 raise SurgeryError(f"The weight of '{one.name}' is {weight}: weights are finite numbers.")
             first, before = met.get(one.key, (one, 0.0))
             met[one.key] = first, before + float(weight)
-        needed = {m.key for m in (base, _member(filter.on) if filter else None) if m is not None}
-        left = [(m, w) for key, (m, w) in met.items() if w != 0 or key in needed]
-        self.terms = left or list(met.values())  # 0 * something is nothing yet: it may be added to something
+        if not met:
+            raise SurgeryError("An ensemble has one member or more.")
+        if missing not in ("mask", "zero_reward"):
+            raise SurgeryError(f"Tokens that a member lacks are 'mask' or 'zero_reward', and not {missing!r}.")
         if base is not None and base.key not in met:
             raise SurgeryError(f"The base '{base.name}' is no member of this ensemble.")
-        if filter is not None and (seen := _member(filter.on)) is not None and seen.key not in met:
+        seen = None
+        if filter is not None and filter.on not in ("scores", "base", None):
+            seen = _member(filter.on, [m for m, _ in met.values()])
+        needed = {m.key for m in (base, seen) if m is not None}
+        left = [(m, w) for key, (m, w) in met.items() if w != 0 or key in needed]
+        self.terms = left or list(met.values())  # 0 * something is nothing yet: it may be added to something
+        if seen is not None and seen.key not in met:
             self.terms.append((seen, 0.0))
-        self.filter, self._base, self.missing = filter, base, missing
+        self.filter = filter if filter is None or filter.on == "scores" else replace(filter, on=seen)
+        self._base, self.missing = base, missing
         self._whole = False
 
     # ---- algebra
@@ -109,6 +122,9 @@ class Ensemble:
         if not isinstance(other, Ensemble):
             return NotImplemented
         return self._with([*self.terms, *other.terms], other)
+
+    def __radd__(self, other: Any) -> Ensemble:
+        return self if type(other) is int and other == 0 else NotImplemented  # `sum` begins with 0
 
     def __sub__(self, other: Any) -> Ensemble:
         if not isinstance(other, Ensemble):
@@ -145,16 +161,20 @@ class Ensemble:
     def filtered(
         self, rule: str | Filter, value: float | None = None, *, on: Any = None, mode: Mode = "mask"
     ) -> Ensemble:
-        """The same with a token filter: "plausible", "nucleus" or "top_k" of `on` (a member, "scores", or the base).
+        """The same with a token filter: "plausible", "nucleus" or "top_k" of `on`, see `Filter`.
 
-        `mode` "mask" forbids what the filter leaves out, "zero_reward" leaves it the base's probability.
+        `value` is alpha, p or k. `mode` "mask" forbids what the filter leaves out, "zero_reward" leaves it the base's
+        probability. Raises `SurgeryError` where there is a filter already.
         """
-        found = rule if isinstance(rule, Filter) else Filter(rule, 0 if value is None else value, on, mode)
+        if self.filter is not None:
+            raise SurgeryError(f"There is a token filter already ({self.filter.rule}): an ensemble has one.",
+                               hint="Filter what is not filtered yet; of a rule, change its own argument.")  # fmt: skip
+        found = rule if isinstance(rule, Filter) else Filter(rule, math.nan if value is None else value, on, mode)
         return Ensemble(self.terms, found, self._base, self.missing)
 
-    def based_on(self, base: Ensemble) -> Ensemble:
+    def based_on(self, base: Ensemble | Member | str) -> Ensemble:
         """The same with another member as the base."""
-        return Ensemble(self.terms, self.filter, _member(base), self.missing)
+        return Ensemble(self.terms, self.filter, _member(base, self.members), self.missing)
 
     def where_missing(self, missing: Missing) -> Ensemble:
         """The same, tokens that a member lacks forbidden ("mask") or scored by the base alone ("zero_reward")."""
@@ -210,8 +230,8 @@ class Ensemble:
         readers, vocabulary = readers_of(self.members, base, self._whole)
         known = {at: reader.known for reader in readers for at in reader.index}
         seen = base
-        if self.filter is not None and (wanted := _member(self.filter.on)) is not None:
-            seen = places[wanted.key]
+        if self.filter is not None and isinstance(self.filter.on, Member):
+            seen = places[self.filter.on.key]
         return _Made(readers, vocabulary, base, [known[at] for at in range(len(known))], seen)
 
     def croppable(self) -> Ensemble:
@@ -315,10 +335,19 @@ class _Made:
     """The member that the filter looks at."""
 
 
-def _member(thing: Any) -> Member | None:
-    """The member that a filter or a base names: itself, or the only one of an ensemble."""
+def _member(thing: Any, members: Sequence[Member]) -> Member:
+    """What a filter or a base names: a member, an ensemble of one, or the name or the model of one of `members`."""
     if isinstance(thing, Ensemble):
         if len(thing.terms) != 1:
             raise SurgeryError(f"'{thing}' is not one member.", hint="Name one of the models of the ensemble.")
         return thing.terms[0][0]
-    return thing if isinstance(thing, Member) else None
+    if isinstance(thing, Member):
+        return thing
+    found = [one for one in members if (thing == one.name if isinstance(thing, str) else thing is one.model)]
+    if len(found) != 1:
+        told = repr(thing) if isinstance(thing, str) else f"a {type(thing).__name__}"
+        raise SurgeryError(
+            f"{len(found) or 'No'} members of this ensemble are {told}: one is expected.",
+            hint="Give it as `member` does, or by its name: " + ", ".join(one.name for one in members),
+        )
+    return found[0]

@@ -1,5 +1,7 @@
 """Completions from a composition: many prompts at once, or one as a stream of pieces.
 
+    from surgery.decoding import Sampling
+
     found = generate(large + (tuned - small), ["How tall is it?"], sampling=Sampling(64, temperature=0.7), group=4)
     found[0].text, found[0].log_probs, found[0].members["large"]
     for piece in stream(ensemble, "How tall is it?"):
@@ -12,20 +14,20 @@ other letters.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from surgery.decoding import Beams, LocalGenerator, Rollout, Sampling, draw, undisturbed, uniforms
 from surgery.errors import SurgeryError
 from surgery.logits.ensemble import Ensemble, member
 from surgery.logits.lockstep import Encoded, EnsembleState
-from surgery.logits.members import Prompt, is_ids
+from surgery.logits.members import Prompt, is_ids, listed
 from surgery.logits.score import score_encoded
 from surgery.models import encoded_prompts
 
@@ -71,20 +73,30 @@ def generate(
 ) -> list[Generation]:
     """`group` completions of each prompt, groups contiguous.
 
-    Greedy by default, as far as contexts go and for 256 tokens at most. `prompts`: texts, lists of messages or token
-    ids. A row's noise depends on `seed`, its prompt's place and its place in the group only. Log-probabilities are the
-    composition's, normalised over its vocabulary after its filter and before truncation; with `members` also each
-    member's own. With `beams` (how many, or `Beams` with a length penalty) a prompt's group are the best of them, best
+    Greedy by default, as far as contexts go and for 256 tokens at most; otherwise as a `surgery.decoding.Sampling`
+    says. `prompts`: texts, lists of messages or token ids. A row's noise depends on `seed`, its prompt's place and its
+    place in the group only. Log-probabilities are the composition's at the temperature (1 when greedy), normalised over
+    its vocabulary after its filter and before truncation; with `members` also each member's own, at temperature 1. With
+    `beams` (how many, or a `surgery.decoding.Beams` with a length penalty) a prompt's group are the best of them, best
     first; at a temperature above 0 they are drawn. Ctrl-C ends it early: what is there is returned, `ended`
-    "interrupted". Raises `SurgeryError` for prompts that don't fit into a member's context, naming it, and for scores
-    that are not finite.
+    "interrupted". `tokenizer` is for a model that is no ensemble and no name.
+
+    Raises `SurgeryError` for prompts that don't fit into a member's context, naming it, and for scores that are not
+    finite.
     """
-    if isinstance(prompts, str) or any(isinstance(one, (int, Mapping)) for one in prompts):
-        raise SurgeryError("Prompts come in a list, and this is one prompt.", hint="Wrap it: [prompt].")
-    beams = Beams(beams) if isinstance(beams, int) else beams
+    prompts = listed(prompts)
+    if not isinstance(group, int) or group < 1:
+        raise SurgeryError(f"A group of {group!r} completions; expected 1 or more.")
+    if isinstance(beams, int):
+        beams = Beams(int(beams))
+    for what, given, kind in (("sampling", sampling, Sampling), ("beams", beams, Beams)):
+        if given is not None and not isinstance(given, kind):
+            raise SurgeryError(f"{what} is {given!r}.", hint=f"surgery.decoding.{kind.__name__}(...).")
     run: Any = _generator(model, prompts, tokenizer, sampling, members, beams)
     if beams is not None and not isinstance(run, LocalGenerator):
         raise SurgeryError("Beams need models to decode from; this draws whole completions.")
+    if run is model and (sampling is not None or beams is not None):
+        raise SurgeryError("A generator draws by its own settings: leave sampling and beams out.")
     seeds = [(seed << 32) + i for i in range(len(prompts))]
     done: dict[int, Generation] = {}
     if not isinstance(run, LocalGenerator):  # one that draws by itself, of token ids
@@ -115,12 +127,12 @@ def stream(
     """The completion of one prompt, token by token: the texts joined are the text that `generate` gives.
 
     `index` is the prompt's place among those that `generate` is given. With `members` each piece says what every member
-    gave its token.
+    gave its token. Between pieces the models' modes and torch's gradients are as they were. Raises as `generate` does.
     """
     run = _generator(model, [prompt], tokenizer, sampling, members)
     if not isinstance(run, Composed):
         raise SurgeryError("A stream needs models to decode from; this draws whole completions.")
-    yield from run.stream(prompt, (seed << 32) + index)
+    return run.stream(prompt, (seed << 32) + index)
 
 
 def room(ensemble: Ensemble, prompts: Sequence[Prompt], most: int = 256) -> int:
@@ -220,9 +232,11 @@ class Composed(LocalGenerator):
                 over = last or ended != "length"
                 sure = text if over else _settled(text, self._stop)
                 piece, shown = sure[shown:], max(shown, len(sure))
-                yield Piece(piece, ids[-1], float(log_prob), told, ended if over else None)
-                if over:
-                    return
+            # Outside: two streams that take turns would restore each other's modes.
+            yield Piece(piece, ids[-1], float(log_prob), told, ended if over else None)
+            if over:
+                return
+            with undisturbed(*self._models):
                 scores, state = self.decoder.step(token, state)
 
 
@@ -251,15 +265,20 @@ def _generator(
     members: bool,
     beams: Beams | None = None,
 ) -> LocalGenerator | Any:
-    if isinstance(model, (str, Path, nn.Module)):
+    modules = hasattr(model, "named_parameters")  # models, and what wraps one
+    if modules or isinstance(model, (str, Path)) or not (callable(model) or _decodes(model)):
         model = member(model, tokenizer)
     if isinstance(model, Ensemble):
         return Composed(model, sampling or replace(GREEDY, max_new_tokens=room(model, prompts)), members, beams)
     if members:
         raise SurgeryError("Only the members of an ensemble can be told apart: members=True needs one.")
-    if hasattr(model, "prefill"):
+    if _decodes(model):
         return LocalGenerator(model, _needed(tokenizer), sampling or GREEDY, beams)
     return model
+
+
+def _decodes(model: Any) -> bool:
+    return hasattr(model, "prefill")
 
 
 def _told(one: Rollout) -> Generation:

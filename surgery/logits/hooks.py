@@ -41,6 +41,7 @@ def as_generate(ensemble: Ensemble) -> Callable[..., Any]:
     When called raises `SurgeryError` for a model that is not the base's, for beams, for attentions or hidden states,
     for texts over a member's context, and for scores that are no numbers.
     """
+    _check_kind(ensemble)
 
     def decode(
         model: nn.Module,
@@ -294,7 +295,14 @@ def _check_room(reader: Reader, length: int, new: int) -> None:
         )
 
 
+def _check_kind(ensemble: Any) -> None:
+    if not isinstance(ensemble, Ensemble):
+        raise SurgeryError(f"A {type(ensemble).__name__} is no ensemble.",
+                           hint="as_generate(ensemble), EnsembleLogitsProcessor(ensemble, model).")  # fmt: skip
+
+
 def _check_base(ensemble: Ensemble, model: nn.Module) -> None:
+    _check_kind(ensemble)
     if unwrapped(model) is not unwrapped(ensemble.base.model):
         raise SurgeryError(
             f"The model that generates is not that of '{ensemble.base.name}', the base of this ensemble: token ids, "

@@ -18,6 +18,7 @@ from torch import Tensor
 from surgery.anatomy import Site, anatomy_of
 from surgery.anatomy.points import attach
 from surgery.decoding import CausalState, end_tokens
+from surgery.decoding.head import unwrapped
 from surgery.errors import SurgeryError
 from surgery.logits.foreign import ForeignDecoder
 from surgery.logits.members import Member, Prompt, is_ids
@@ -71,7 +72,7 @@ class Reader:
         if self.foreign and (len(self.styles) > 1 or any(m.layer is not None for m in members)):
             raise SurgeryError(f"The foreign member '{members[0].name}' reads one prompt, by its last layer.")
         layers = {layer for member in members for layer in _layers(member)}
-        self.anatomy = anatomy_of(members[0].model) if layers else None  # type: ignore[arg-type]
+        self.anatomy = anatomy_of(unwrapped(members[0].model)) if layers else None
         if self.anatomy is not None and (wrong := [l for l in layers if not 0 <= l < self.anatomy.n_layers]):
             raise SurgeryError(f"Member '{members[0].name}' has no layer {wrong[0]}; its layers are 0 to "
                                f"{self.anatomy.n_layers - 1}.")  # fmt: skip
@@ -95,13 +96,15 @@ class Reader:
         return set() if self.map is None else set(self.map.ends)
 
     def encode(self, prompt: Prompt, reference: PreTrainedTokenizerBase | None) -> tuple[tuple[int, ...], ...]:
-        """The prompt's ids for each view, in this model's vocabulary."""
+        """The prompt's ids for each view, in this model's vocabulary. Raises `SurgeryError` for ids that it lacks."""
         found = []
         for style in self.styles:
             member = next(m for m in self.members if m.prompt == style)
             ids = member.read(prompt, reference)
-            if self.map is not None and not self.foreign and is_ids(prompt) and style in ("given", "plain"):
-                ids = self.map.feed(torch.tensor(ids)).tolist()
+            if self.map is not None and not self.foreign:
+                common = is_ids(prompt) and style in ("given", "plain")
+                within(ids, self.map.size if common else self.map.rows, f"a prompt of '{member.name}'")
+                ids = self.map.feed(torch.tensor(ids)).tolist() if common and ids else ids
             found.append(tuple(ids))
         return tuple(found)
 
@@ -167,6 +170,15 @@ class Reader:
         """(row, pos, vocab) float32 logits over the common vocabulary."""
         values = logits.float()
         return values if self.map is None else self.map.outputs(values)
+
+
+def within(ids: Sequence[int], count: int, what: str) -> None:
+    """Raises `SurgeryError` for token ids that are not among `count` tokens: `what` they are in."""
+    if ids and not 0 <= min(ids) <= max(ids) < count:
+        wrong = next(i for i in ids if not 0 <= i < count)
+        raise SurgeryError(f"Token {wrong} in {what} is none of the {count} tokens that there are.",
+                           hint="Token ids are those of the base's tokenizer (or of what a prompt's function "
+                           "returns, the member's own).")  # fmt: skip
 
 
 def premature(last: Tensor, candidates: Sequence[Tensor]) -> Tensor:

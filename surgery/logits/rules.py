@@ -14,13 +14,15 @@
 | `product` | sum_j w_j * model_j, sum of w = 1 | | Hinton 2002, products of experts |
 | `layers` | sum_j w_j * (the model's layer j by its logit lens) | | after LEVI, see there |
 
-Every argument that is a model is what `member` gives. A new rule is one function here.
+Every argument that is a model is what `member` gives, or a sum of such; anything else is refused (`SurgeryError`). A
+new rule is one function here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from surgery.errors import SurgeryError
 from surgery.logits.combine import Mode
@@ -43,20 +45,24 @@ def eft(
     `filter_on` ("base": the large model, "tuned", or "scores": the composition); which of them the paper means is not
     known to us. `mode` "mask" forbids the other tokens instead.
     """
+    _members(large, tuned, small)
     return _conservative(large + beta * (tuned - small), filter_p, filter_on, mode, large, tuned)
 
 
 @RULES.register("mixture")
 def mixture(
-    large: Ensemble, tuned: Sequence[Ensemble], small: Ensemble | Sequence[Ensemble],
+    large: Ensemble, tuned: Ensemble | Sequence[Ensemble], small: Ensemble | Sequence[Ensemble],
     weights: Sequence[float] | float = 0.5,
 ) -> Ensemble:  # fmt: skip
     """Several rewards at once: large + sum_j w_j * (tuned_j - small_j).
 
-    One number lambda is (lambda, 1 - lambda) for two tuned models. Members with one `small` run it once.
+    One number lambda is (lambda, 1 - lambda) for two tuned models; of one, its weight. Members with one `small` run it
+    once.
     """
+    tuned = [tuned] if isinstance(tuned, Ensemble) else list(tuned)
     bases = [small] * len(tuned) if isinstance(small, Ensemble) else list(small)
-    factors = [weights, 1 - weights] if isinstance(weights, (int, float)) else list(weights)
+    _members(large, *tuned, *bases)
+    factors = [weights, 1 - weights][: max(1, len(tuned))] if isinstance(weights, (int, float)) else list(weights)
     _same_number(tuned, bases, "tuned models", "bases")
     _same_number(tuned, factors, "tuned models", "weights")
     found = large
@@ -68,6 +74,7 @@ def mixture(
 @RULES.register("proxy_tuning")
 def proxy_tuning(base: Ensemble, expert: Ensemble, antiexpert: Ensemble, alpha: float = 1.0) -> Ensemble:
     """base + alpha * (expert - antiexpert); the paper decodes greedily, with alpha 1."""
+    _members(base, expert, antiexpert)
     return base + alpha * (expert - antiexpert)
 
 
@@ -80,6 +87,7 @@ def dexperts(
 
     Truncation comes before the steering: what the base finds unlikely can't be brought back (section 2).
     """
+    _members(base, expert, antiexpert)
     found = base + alpha * (expert - antiexpert)
     if top_k:
         return found.filtered("top_k", top_k, on=base)
@@ -87,12 +95,19 @@ def dexperts(
 
 
 @RULES.register("contrastive")
-def contrastive(expert: Ensemble, amateur: Ensemble, alpha: float = 0.1, *, beta: float | None = None) -> Ensemble:
+def contrastive(
+    expert: Ensemble, amateur: Ensemble, alpha: float = 0.1, *, beta: float | None = None, temperature: float = 1.0
+) -> Ensemble:
     """expert - amateur on the tokens that are plausible for the expert: p >= alpha * max p.
 
     With `beta` the later form (1 + beta) * expert - beta * amateur (arXiv:2309.09117, there 0.5). alpha 1 is the
-    expert's greedy decoding.
+    expert's greedy decoding. `temperature` is the amateur's own (the released code runs GPT-2 with 0.5): its
+    log-probabilities at temperature T are 1/T times those at 1, up to a constant that the softmax does not see.
     """
+    _members(expert, amateur)
+    if not temperature > 0:
+        raise SurgeryError(f"The amateur's temperature is {temperature}; expected a number above 0.")
+    amateur = amateur / temperature
     found = expert - amateur if beta is None else (1 + beta) * expert - beta * amateur
     return found.filtered("plausible", alpha, on=expert)
 
@@ -104,8 +119,11 @@ def dola(model: Ensemble, layers: int | Sequence[int], alpha: float = 0.1, *, ba
     `layers` is one layer's index (its stream after the block, through the final norm and the head), or a bucket of
     which at each token the one farthest from the model counts (Jensen-Shannon). With `base`, the layer is read of that
     model instead, the fine-tuning's own source: what is left is what came late or by tuning. The paper decodes with a
-    repetition penalty of 1.2, which is no part of the rule.
+    repetition penalty of 1.2, which is no part of the rule. The released code differs from the paper and from this: its
+    layer j is our j - 1 (its 0 the embeddings), the head reads it without the final norm, the divergences are taken
+    from the mean to the two distributions, and a whole batch has one premature layer.
     """
+    _members(model, *([] if base is None else [base]))
     one = (base or model).base
     layer = layers if isinstance(layers, int) else tuple(layers)
     lens = replace(one, layer=layer)
@@ -114,20 +132,23 @@ def dola(model: Ensemble, layers: int | Sequence[int], alpha: float = 0.1, *, ba
 
 @RULES.register("unir")
 def unir(
-    backbone: Ensemble, reasoners: Ensemble | Sequence[Ensemble] | Mapping[str, tuple[Ensemble, float]],
+    backbone: Ensemble, reasoners: Ensemble | Sequence[Ensemble] | Mapping[str, Ensemble | tuple[Ensemble, float]],
     alpha: float | Sequence[float] = 1.0,
 ) -> Ensemble:  # fmt: skip
     """backbone + sum_j alpha_j * reasoner_j: the Universal Reasoner, with any number of modules (section 3).
 
+    In a mapping modules come by name, each as (module, its alpha), or alone with the one `alpha`.
     A module's initial state is an instruct model, not nothing: at the start of its training this is a product of
     experts, not the backbone; subtract the initial module (`- alpha * initial`) to begin at the backbone.
     """
     if isinstance(reasoners, Mapping):
-        modules, factors = [m for m, _ in reasoners.values()], [a for _, a in reasoners.values()]
+        pairs: list[Any] = [one if isinstance(one, tuple) else (one, alpha) for one in reasoners.values()]
+        modules, factors = [m for m, _ in pairs], [a for _, a in pairs]
     else:
         modules = [reasoners] if isinstance(reasoners, Ensemble) else list(reasoners)
         factors = [alpha] * len(modules) if isinstance(alpha, (int, float)) else list(alpha)
     _same_number(modules, factors, "modules", "weights")
+    _members(backbone, *modules)
     found = backbone
     for module, factor in zip(modules, factors, strict=True):
         found = found + factor * module
@@ -145,6 +166,7 @@ def cge(
     if alpha == 0 and not allow_unconstrained:
         raise SurgeryError("With alpha 0 tokens that both models find impossible decide.",
                            hint="The paper has alpha 0.1; allow_unconstrained=True if you mean it.")  # fmt: skip
+    _members(tuned, base)
     found = tuned - gamma * base
     return found.filtered("plausible", alpha, on=tuned) if alpha else found
 
@@ -158,6 +180,7 @@ def guidance(
     `scale` is as in transformers (`guidance_scale`): 1 is the model, g = scale - 1. `unconditioned` is how the other
     prompt is made of the prompt (default: its last token alone, as in transformers), or an ensemble.
     """
+    _members(model)
     if isinstance(unconditioned, Ensemble):
         other = unconditioned
     else:
@@ -177,6 +200,9 @@ def last_token(prompt: Sequence[int]) -> list[int]:
 @RULES.register("product")
 def product(models: Sequence[Ensemble], weights: Sequence[float] | None = None) -> Ensemble:
     """A product of experts: sum_j w_j * model_j with weights that sum to 1 (equal ones by default)."""
+    _members(*models)
+    if not models:
+        raise SurgeryError("A product of experts has one model or more.")
     factors = [1 / len(models)] * len(models) if weights is None else list(weights)
     _same_number(models, factors, "models", "weights")
     if any(w < 0 for w in factors) or abs(sum(factors) - 1) > 1e-6:
@@ -195,6 +221,7 @@ def layers(model: Ensemble, weights: Mapping[int, float], last: float = 1.0) -> 
     of a pre-trained and a small model. Nothing is trained here, so this is not LEVI: it has its idea that earlier
     layers hold other views, and no claim to its results.
     """
+    _members(model)
     one, found = model.base, last * model
     for layer, weight in weights.items():
         lens = replace(one, layer=layer)
@@ -207,6 +234,15 @@ def _conservative(found: Ensemble, p: float, on: str, mode: Mode, base: Ensemble
     if on not in seen:
         raise SurgeryError(f"filter_on is 'base', 'tuned' or 'scores', and not {on!r}.")
     return found if p == 1 else found.filtered("nucleus", p, on=seen[on], mode=mode)
+
+
+def _members(*models: object) -> None:
+    """Raises `SurgeryError` for what is no member and no sum of members."""
+    for one in models:
+        if not isinstance(one, Ensemble):
+            told = repr(one) if isinstance(one, str) else f"a {type(one).__name__}"
+            raise SurgeryError(f"A rule takes models as `member` gives them, and not {told}.",
+                               hint="member('name'), member(model, tokenizer).")  # fmt: skip
 
 
 def _same_number(things: Sequence[object], others: Sequence[object], what: str, which: str) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery.decoding import undisturbed
 from surgery.errors import SurgeryError
-from surgery.logits.ensemble import Ensemble
-from surgery.logits.lockstep import EnsembleState
-from surgery.logits.members import Prompt
+from surgery.logits.ensemble import Ensemble, member
+from surgery.logits.lockstep import EnsembleState, within
+from surgery.logits.members import Prompt, is_ids, listed
 from surgery.models import tokenized
 
 POSITIONS = 128
@@ -34,7 +35,7 @@ class Scored:
 
 
 def log_likelihood(
-    ensemble: Ensemble,
+    ensemble: Ensemble | nn.Module | str | Path,
     prompts: Sequence[Prompt],
     responses: Sequence[str | Sequence[int]],
     *,
@@ -45,16 +46,23 @@ def log_likelihood(
     """Log-probabilities of each response (a text or token ids) after its prompt, with the base's end mark (`end`).
 
     log p(y_t) = s(y_t) - logsumexp(s): their sum is the log-probability of the response under the composition as it
-    decodes. Every member reads the prompt in its own way, and the same response. Raises `SurgeryError` when the lists
-    differ in length, for responses of no tokens, and for texts longer than a member's context, naming it.
+    decodes. Every member reads the prompt in its own way, and the same response. Token ids that end with the end mark
+    get no second one. Raises `SurgeryError` when the lists differ in length, for responses of no tokens or with others
+    than the base's, and for texts longer than a member's context, naming it.
     """
+    prompts, responses = listed(prompts), listed(responses, "Responses")
     if len(prompts) != len(responses):
         raise SurgeryError(f"{len(prompts)} prompts, but {len(responses)} responses.")
+    if batch_size < 1:
+        raise SurgeryError(f"batch_size is {batch_size}; expected 1 or more.")
+    if not isinstance(ensemble, Ensemble):
+        ensemble = member(ensemble)
     rows = [ensemble.encode(prompt) for prompt in prompts]
     answers = _answers(ensemble, responses, end)
     for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
         if not answer:
             raise SurgeryError(f"Response {i} has no tokens.")
+        within(answer, ensemble.vocabulary, f"response {i}")
         for reader, views in zip(ensemble.readers, row, strict=True):
             context, length = reader.decoder.context, max(map(len, views)) + len(answer)
             if min(map(len, views)) == 0:
@@ -75,8 +83,10 @@ def log_likelihood(
 
 
 def perplexity(scored: Sequence[Scored]) -> float:
-    """exp of the mean negative log-probability over all tokens of all texts."""
+    """exp of the mean negative log-probability over all tokens of all texts. Raises `SurgeryError` for no texts."""
     values = [value for one in scored for value in one.log_probs]
+    if not values:
+        raise SurgeryError("There are no texts, whose perplexity could be told.")
     return math.exp(-math.fsum(values) / len(values)) if math.isfinite(sum(values)) else math.inf
 
 
@@ -85,7 +95,11 @@ def _answers(ensemble: Ensemble, responses: Sequence[str | Sequence[int]], end: 
     told = iter(tokenized(ensemble.tokenizer, texts, special=False) if texts else [])
     mark = ensemble.base.tokenizer.eos_token_id if end and ensemble.base.tokenizer is not None else None
     last = [] if mark is None else [int(mark)]
-    return [[*(next(told) if isinstance(one, str) else map(int, one)), *last] for one in responses]
+    if not all(isinstance(one, str) or is_ids(one) for one in responses):
+        raise SurgeryError("A response is a text or token ids.")
+    found = [next(told) if isinstance(one, str) else [int(i) for i in one] for one in responses]
+    return [ids if not isinstance(one, str) and ids[-1:] == last else [*ids, *last]
+            for one, ids in zip(responses, found, strict=True)]  # fmt: skip
 
 
 def score_encoded(ensemble: Ensemble, rows: Sequence[Any], answers: Sequence[list[int]]) -> list[Scored]:
