@@ -186,7 +186,8 @@ def opened(
             if chat and not getattr(tokenizer, "chat_template", None):
                 raise SurgeryError(f"'{name}' has no chat template.",
                                    hint="Leave --chat out, or name those that have one: --chat-for NAME.")  # fmt: skip
-            style: Any = "chat" if chat else "plain" if settings.chat_for else "given"
+            templated = getattr(tokenizer, "chat_template", None) and not settings.chat_for
+            style: Any = "chat" if chat else "given" if templated else "plain"
             members[name] = member(model, tokenizer, prompt=style, name=name, foreign=name in settings.foreign)
         found = members[next(iter(asked.models))] if asked.single else formulas.evaluate(asked.text, members)
         if settings.filter is not None:

@@ -222,6 +222,8 @@ def _remarks(found: dict[str, Scores], by: str | None) -> list[str]:
         cut, unread = scores.summary()["truncated"], scores.accuracy.meta["unread"]
         if cut > 0.5:
             remarks.append(f"{label}: {cut:.0%} of the completions were cut off: raise --max-new-tokens.")
+        if scores.perplexity == float("inf"):
+            remarks.append(f"{label}: the filter forbids a token of some right answer, whose probability is 0.")
         if unread:
             remarks.append(f"{label}: {frame.count(unread, 'row')} left out, whose answer can't be read.")
     return remarks

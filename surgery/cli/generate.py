@@ -131,6 +131,9 @@ def generate(
         said = [transform.encode(text) for text in texts] if transform else texts
         how: Any = {"sampling": replace(drawn, max_new_tokens=max_new_tokens or room(ensemble, said)), "seed": seed}
         told = Told(texts, ensemble, n, scores, transform)
+        plain = [name for name, one in members.items() if one.base.prompt == "plain"]
+        if plain and not all(isinstance(text, str) for text in texts):
+            frame.notes([f"Of chats, {', '.join(plain)} read the plain text."])
         if stream:
             told.stream(said, how)
         else:

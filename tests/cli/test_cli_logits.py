@@ -147,6 +147,15 @@ def test_rows_of_files_in_and_out(capsys, tmp_path):
     assert kept[0]["text"] == "2-9=3" and kept[0]["ended"] == "stop"
 
 
+def test_stop_strings_can_be_new_lines(monkeypatch, capsys):
+    from surgery import logits
+
+    seen = []
+    monkeypatch.setattr(logits, "generate", lambda *given, **how: seen.append(how["sampling"].stop) or [])
+    assert main(["generate", "tiny-base", "-p", "x", "--stop", r"\n\n", "--stop", r"a\\n", "--quiet"]) == 0
+    assert seen == [("\n\n", "a\\n")]
+
+
 @pytest.mark.parametrize("streamed", [[], ["--stream"], ["--speculate", "tuned"]])
 def test_ctrl_c_leaves_what_is_there(streamed, capsys, tmp_path, monkeypatch):
     whole = told(capsys, "generate", *EFT, "-p", CHAIN)["completions"][0]
@@ -188,6 +197,15 @@ def test_chat_templates_by_model(capsys, tmp_path):
     assert mixed["members"]["chatty"][0] == pytest.approx(asked["log_probs"][0], abs=1e-4)
     assert mixed["members"]["plain"][0] != pytest.approx(mixed["members"]["chatty"][0], abs=1e-2)
     assert given["token_ids"] != asked["token_ids"]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps({"prompt": [{"role": "user", "content": "abc"}]}) + "\n")
+    read = told(capsys, *both[:-2], "--prompts", chats, "--scores")["completions"][0]
+    assert read["members"] == mixed["members"]
+    chats.write_text(json.dumps({"prompt": [{"role": "user", "content": "abc"}], "answer": "abc"}) + "\n")
+    scored = told(capsys, "eval", "--expr", "chatty", *words[:2], "--data", chats, "--task", "copy")
+    assert scored["accuracy"]["mean"] == 1
+    assert main(["generate", "tiny-base", "--prompts", str(chats)]) == 0
+    assert "tiny-base read the plain text" in capsys.readouterr().err
     assert "'plain' has no chat template" in refused([*both, "--chat"], capsys)
     assert "choose one" in refused(["generate", "chatty", *words, "--chat", "--chat-for", "chatty"], capsys)
 
@@ -271,6 +289,10 @@ def test_eval_draws_filters_and_scales(capsys, tmp_path):
     words = ["eval", FORMULA, *NAMED, "--task", "chain", "--n", 10, "--samples", 3, "--pass-at", "1,3"]
     drawn = told(capsys, *words, "--out", tmp_path / "kept")
     assert drawn["pass@3"]["mean"] >= drawn["pass@1"]["mean"] > 0.5
+    never = ["eval", FORMULA, *NAMED, "--task", "chain", "--n", "5", "--filter", "top_k=1@large", "--likelihood"]
+    assert main(never) == 0
+    captured = capsys.readouterr()
+    assert "inf" in captured.out and "forbids a token of some right answer" in captured.err
     # only the formula is filtered: to the large model's likeliest tokens
     words = ["eval", FORMULA, *NAMED, "--task", "chain", "--n", 20, "--filter", "top_k=1@large", "--against", FORMULA]
     filtered = told(capsys, *words, "--out", tmp_path / "both")
