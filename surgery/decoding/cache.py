@@ -55,7 +55,8 @@ def roomy_layer() -> type:
             if start == 0:
                 self.is_initialized, self.buffers = True, new
             else:
-                if self.length > self.buffers[0].shape[-2]:
+                old = self.buffers[0]  # one made in inference mode can't be written to outside of it
+                if self.length > old.shape[-2] or (old.is_inference() and not torch.is_inference_mode_enabled()):
                     self._move(start, None)
                 for buffer, states in zip(self.buffers, new, strict=True):
                     buffer[:, :, start : self.length] = states
@@ -81,7 +82,8 @@ def roomy_layer() -> type:
                 count, heads, _, size = old.shape
                 columns = max(length, self.length) + max(self.room, length // 4)
                 shape = (count if rows is None else len(rows), heads, columns, size)
-                new = old.new_empty(shape)
+                with torch.inference_mode(False):
+                    new = old.new_empty(shape)
                 if rows is None:
                     new[:, :, :length] = old[:, :, :length]
                 else:

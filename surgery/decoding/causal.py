@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -100,6 +101,7 @@ class CausalDecoder:
         self._takes_positions = "position_ids" in accepted
         self._keeps = "logits_to_keep" in accepted
         self.room, self.whole = room, whole
+        self._hooks: list[Any] = []
         self._wide = False
         self._wide = self._takes_wide_masks()
 
@@ -107,6 +109,7 @@ class CausalDecoder:
         self, ids: Int[Tensor, "row pos"], mask: Int[Tensor, "row pos"]
     ) -> tuple[Float[Tensor, "row vocab"], CausalState]:
         """Reads left-padded prompts; the logits after the last token."""
+        self._hooks = [hooks for module in self._backbone.modules() for hooks in _hooks_of(module)]
         mask = mask.bool()
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         cache = roomy_cache(self._config, self.room, whole=self.whole)
@@ -139,8 +142,14 @@ class CausalDecoder:
         mask = None if state.mask is None else state.mask[:, : state.length]
         if self._wide and mask is not None and ids.shape[1] == 1:
             mask = mask[:, None, None]
-        out: Any = self._backbone(input_ids=ids, attention_mask=mask, use_cache=True, **more)
-        return out.logits[:, -keep:] if self._head is None else self._head(out.last_hidden_state[:, -keep:])
+        if self._head is None:
+            return self._backbone(input_ids=ids, attention_mask=mask, use_cache=True, **more).logits[:, -keep:]
+        # Operations cost less in inference mode. What comes out of it can't meet a gradient: it stays in the stack,
+        # unless somebody looks on.
+        alone = not torch.is_grad_enabled() and not any(self._hooks)
+        with torch.inference_mode() if alone else nullcontext():
+            out: Any = self._backbone(input_ids=ids, attention_mask=mask, use_cache=True, **more)
+        return self._head(out.last_hidden_state[:, -keep:])
 
     def _takes_wide_masks(self) -> bool:
         """Whether one token's mask may be (row, 1, 1, key), which need not be built anew each step: tried out."""
@@ -158,3 +167,8 @@ class CausalDecoder:
                     return False
         usual, wide = logits
         return bool((usual - wide).abs().max() <= 1e-3 * usual.abs().max())
+
+
+def _hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    """What is empty as long as nobody looks on: forward hooks, and a forward of the instance's own."""
+    return module._forward_hooks, module._forward_pre_hooks, "forward" in vars(module)

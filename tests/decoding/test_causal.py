@@ -98,6 +98,37 @@ def test_states_are_copies_of_their_own():
     assert twice.length == 17 and state.length == once.length == 10
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_who_looks_on_or_steers_gets_tensors_that_meet_gradients(family):
+    """Inference mode is for models that nobody looks into; going in and out of it changes nothing."""
+    model = tiny(family)
+    decoder, seen = CausalDecoder(model, room=2), []
+    block = model.model.layers[1]
+    expected = greedy(CausalDecoder(model), IDS, torch.ones_like(IDS), 9)
+    with undisturbed(model):
+        logits, state = decoder.prefill(IDS, torch.ones_like(IDS))
+        tokens = [logits.argmax(-1)]
+        for t in range(8):
+            hooks = []
+            if t % 3 == 1:
+                hooks = [block.register_forward_hook(lambda m, i, out: seen.append(first(out)))]
+            logits, state = decoder.step(tokens[-1], state)
+            for hook in hooks:
+                hook.remove()
+            tokens.append(logits.argmax(-1))
+            assert not logits.is_inference()
+    assert torch.equal(torch.stack(tokens, 1), expected)
+    probe = torch.ones(32, requires_grad=True)
+    (sum(seen) * probe).sum().backward()
+    assert len(seen) == 3 and probe.grad.abs().sum() > 0
+    logits, state = decoder.prefill(IDS, torch.ones_like(IDS))
+    assert logits.requires_grad, "with gradients nothing is cut"
+
+
+def first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_backbone_and_head_give_the_logits(family):
     model = tiny(family, tie_word_embeddings=family == "qwen2")
