@@ -228,11 +228,13 @@ class Ensemble:
         places = {one.key: at for at, one in enumerate(self.members)}
         base = places[self.base.key]
         readers, vocabulary = readers_of(self.members, base, self._whole)
-        known = {at: reader.known for reader in readers for at in reader.index}
+        first = next(self.members[0].model.parameters()).device  # where everybody's scores meet
+        tables = {at: reader.known for reader in readers for at in reader.index}
+        known = [None if (table := tables[at]) is None else table.to(first) for at in range(len(tables))]
         seen = base
         if self.filter is not None and isinstance(self.filter.on, Member):
             seen = places[self.filter.on.key]
-        return _Made(readers, vocabulary, base, [known[at] for at in range(len(known))], seen)
+        return _Made(readers, vocabulary, base, known, seen)
 
     def croppable(self) -> Ensemble:
         """The same, with states that can be cropped."""
@@ -318,7 +320,7 @@ class Ensemble:
     def failing(self, state: EnsembleState) -> str | None:
         """Which member said something that is no number, if one did."""
         for one, values in zip(self.members, state.log_probs, strict=False):
-            if bool(values.isnan().any()):
+            if bool(values.sum().isnan()):  # one pass; -inf among numbers is no NaN
                 return self.name_of(one)
         return None
 

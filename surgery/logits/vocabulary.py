@@ -267,7 +267,7 @@ def _refuse_strangers(
         f"{names[1]} ({rows} rows) knows {shared} of {total} tokens of {names[0]}, {100 * shared / total:.1f} %; at "
         f"least {100 * least:g} % are needed.\n{difference(first, second)}",
         hint="Members of one ensemble read the same tokens: take a model with the reference's tokenizer, or name the "
-        "tokens that correspond (token_map). surgery.logits.foreign follows another tokenizer by its text.",
+        "tokens that correspond (token_map). member(..., foreign=True) follows another tokenizer by its text.",
     )
 
 
@@ -283,7 +283,7 @@ def _refuse_other_splits(reference: Any, member: Any, probes: Sequence[str], nam
                 f"{names[0]} and {names[1]} split {text!r} differently: from token {at} on "
                 f"{first[at : at + _SHOWN]} and {second[at : at + _SHOWN]}.",
                 hint="The response's tokens would not be those that the member would read: take a model with the "
-                "reference's tokenizer. probes=() leaves the check out.",
+                "reference's tokenizer, or one that follows the text: member(..., foreign=True).",
             )
 
 

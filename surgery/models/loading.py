@@ -51,6 +51,8 @@ def load(
     source = open_checkpoint(zoo.resolved(str(spec)))  # which refuses files that are cut off, in a sentence
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without its files
+            raise ValueError("there are no tokenizer files.")
         if isinstance(source, AdaptedCheckpoint):
             config = AutoConfig.from_pretrained(folder)
             config.update(source.config)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery.errors import SurgeryError
-from surgery.logits.combine import FLOOR, Filter, combine, normalised, nucleus, plausible, top_k
+from surgery.logits.combine import FLOOR, HEAD, Filter, combine, normalised, nucleus, plausible, top_k
 
 INF = float("inf")
 
@@ -78,6 +78,17 @@ def test_a_nucleus_is_the_smallest_set_that_holds_p():
         assert row[kept].sum() >= 0.7 - 1e-6 and row[kept].sum() - row[kept].min() < 0.7
         assert row[kept].min() >= row[~kept].max(initial=0)
     assert nucleus(values, 1.0).all()
+
+
+@pytest.mark.parametrize("size", [5, HEAD, 3 * HEAD])
+def test_a_nucleus_is_that_of_a_stable_sort(size):
+    """With ties (as bfloat16 has them), flat rows beside peaked ones, and each row as it is alone."""
+    values = torch.stack([(scale * random(size, seed=scale)).bfloat16().float() for scale in range(4)]).log_softmax(-1)
+    for p in (0.01, 0.5, 0.9, 0.999):
+        ordered, order = values.softmax(-1).sort(dim=-1, descending=True, stable=True)
+        expected = torch.zeros_like(values, dtype=torch.bool).scatter_(-1, order, ordered.cumsum(-1) - ordered < p)
+        assert torch.equal(nucleus(values, p), expected)
+        assert torch.equal(torch.cat([nucleus(row[None], p) for row in values]), expected)
 
 
 def test_top_k_keeps_k():

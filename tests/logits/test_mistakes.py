@@ -112,6 +112,15 @@ def test_a_member_is_named_briefly(tmp_path):
     assert len(repr(loaded.base)) < 120
 
 
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    """transformers makes an empty tokenizer of it, which reads every text as nothing."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=45, n_embd=8, n_layer=1, n_head=1, n_positions=16)).save_pretrained(tmp_path)
+    with pytest.raises(SurgeryError, match="no tokenizer files"):
+        member(tmp_path)
+
+
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(SurgeryError, match="LlamaModel, which says no next token"):
         generate(member(llama(1).model, tokenizer(), name="x"), PROMPTS)
