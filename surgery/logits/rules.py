@@ -119,9 +119,9 @@ def dola(model: Ensemble, layers: int | Sequence[int], alpha: float = 0.1, *, ba
     `layers` is one layer's index (its stream after the block, through the final norm and the head), or a bucket of
     which at each token the one farthest from the model counts (Jensen-Shannon). With `base`, the layer is read of that
     model instead, the fine-tuning's own source: what is left is what came late or by tuning. The paper decodes with a
-    repetition penalty of 1.2, which is no part of the rule. The released code differs from the paper and from this: its
-    layer j is our j - 1 (its 0 the embeddings), the head reads it without the final norm, the divergences are taken
-    from the mean to the two distributions, and a whole batch has one premature layer.
+    repetition penalty of 1.2, which is no part of the rule. The released code does otherwise: its layer j is j - 1 here
+    (its 0 the embeddings), the head reads it without the final norm, the divergences are those of the mean from the two
+    distributions (not of each from the mean, equation 3), and a whole batch has one premature layer.
     """
     _members(model, *([] if base is None else [base]))
     one = (base or model).base
