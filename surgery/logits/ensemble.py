@@ -49,9 +49,10 @@ def member(
     their text; "chat", texts as a user's message; or a function of the prompt, whose text, messages or ids (the
     member's own) are read. One model may be several members: asked otherwise, or by a logit lens. `layer` is that of
     the lens: the index of a block whose stream goes through norm and head, or several of which the one farthest from
-    the last speaks. `token_map` is {token of the base: token here} where strings alone don't tell; a `foreign` member has a
-    tokenizer that splits text otherwise (experimental, and slow: see `foreign.py`). `name` is how sums and results call
-    it. `dtype` and `device` are for loading. Raises `SurgeryError` for what is no model, and as loading does.
+    the last speaks. `token_map` is {token of the base: token here} where strings alone don't tell; a `foreign` member
+    has a tokenizer that splits text otherwise (experimental, and slow: see `foreign.py`). `name` is how sums and
+    results call it. `dtype` and `device` are for loading. Raises `SurgeryError` for what is no model, and as loading
+    does.
     """
     from surgery.interop import unwrap
     from surgery.models import load
@@ -165,7 +166,7 @@ class Ensemble:
     def filtered(
         self, rule: str | Filter, value: float | None = None, *, on: Any = None, mode: Mode = "mask"
     ) -> Ensemble:
-        """The same with a token filter: "plausible" (p >= alpha * max p), "nucleus" or "top_k"; `value` is alpha, p or k.
+        """The same with a token filter: "plausible" (p >= alpha * max p), "nucleus" or "top_k", by alpha, p or k.
 
         It looks at `on`: a member as `member` gives it (read along where it is in no term), its name or its model,
         "scores" (the composition itself), or None for the base. `mode` "mask" forbids what it leaves out, "zero_reward"
