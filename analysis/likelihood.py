@@ -59,8 +59,9 @@ def answer_log_likelihood(
             more: dict[str, Any] = {"logits_to_keep": keep} if "logits_to_keep" in accepts else {}
             logits = model(**inputs, **more).logits[:, -keep:-1].float()
             target = inputs["input_ids"][:, 1 - keep :]
-            taken = -torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none")
-            for row, i in zip(taken, batch, strict=True):
+            # Flat: over any other axis than the last torch adds up a large vocabulary less exactly (1e-4 nats a token).
+            taken = -torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+            for row, i in zip(taken.view_as(target), batch, strict=True):
                 values[i] = row[-len(answers[i]) :].mean().item()
     return Result.of(values, prompts, name=name, columns={"tokens": [len(a) for a in answers]})
 

@@ -1,5 +1,7 @@
 """Looking at a model: right numbers, whatever the batching, and the model is as it was."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +50,24 @@ def test_log_likelihood_is_that_of_a_plain_forward_pass(tiny):
         assert value == pytest.approx(logp.mean().item(), abs=2e-5)
         total, count = total + logp.sum().item(), count + len(logp)
     assert perplexity(result) == pytest.approx(np.exp(-total / count), rel=1e-5)
+
+
+def test_a_large_vocabulary_is_added_up_exactly(tiny):
+    class Says(torch.nn.Module):
+        """49,152 tokens a little likely, and the next one likely."""
+
+        config = tiny[0].config
+        table = torch.randn(49_152, generator=torch.Generator().manual_seed(0)) * 2
+
+        def forward(self, input_ids, attention_mask=None, position_ids=None):
+            following = torch.nn.functional.one_hot(input_ids.roll(-1, 1), 49_152)
+            return SimpleNamespace(logits=self.table + 16 * following)
+
+    found = answer_log_likelihood(Says(), tiny[1], ["c ab=", "c a="], ["#a", "#abc"])
+    for value, ids in zip(found.values, tiny[1](["#a", "#abc"], add_special_tokens=False)["input_ids"], strict=True):
+        exact = [Says.table.double() + 16 * (torch.arange(49_152) == i) for i in [*ids, 2]]
+        exact = [row.log_softmax(-1)[i].item() for row, i in zip(exact, [*ids, 2], strict=True)]
+        assert value == pytest.approx(np.mean(exact), abs=5e-5)
 
 
 def test_a_model_is_as_it_was_even_after_an_exception(tiny):
