@@ -44,8 +44,9 @@ def combine(
     or raw logits the distribution is the same: they differ by a constant of each member.
     """
     total = torch.zeros_like(log_probs[base])
-    for values, weight in zip(log_probs, weights, strict=True):
-        total.add_(values.clamp(min=FLOOR), alpha=weight)
+    for m, (values, weight) in enumerate(zip(log_probs, weights, strict=True)):
+        # What the base forbids is put right below: nothing else of it has to be lifted.
+        total.add_(values if m == base else values.clamp(min=FLOOR), alpha=weight)
     lacking = [~one for one in known or () if one is not None]
     if lacking:
         absent = torch.stack(lacking).any(0)

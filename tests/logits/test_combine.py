@@ -72,6 +72,16 @@ def test_the_plausible_tokens_are_those_of_the_paper():
     assert plausible(values, 0).all() and (plausible(values, 1).sum(-1) == 1).all()
 
 
+def test_the_base_has_no_floor():
+    """Small weights and high temperatures make much of what a sharp base finds unlikely: it stays what it is."""
+    base, other = torch.full((1, 1000), -100.0), random(1, 1000)
+    base[0, 0], base[0, 1] = 0.0, -INF
+    for weight in (0.1, 0.0, -0.1):
+        scores = combine([base, other], [weight, 0.01])
+        assert scores[0, 1] == -INF
+        assert torch.allclose(scores[0, 2:], weight * base[0, 2:] + 0.01 * other[0, 2:], atol=1e-5)
+
+
 def test_a_nucleus_is_the_smallest_set_that_holds_p():
     values = random(50, 13)
     for row, kept in zip(values.exp().numpy(), nucleus(values, 0.7).numpy(), strict=True):
