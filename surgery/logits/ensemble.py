@@ -159,7 +159,11 @@ class Ensemble:
         return text[3:] if text.startswith(" + ") else "-" + text[3:]
 
     def __repr__(self) -> str:
-        return f"<Ensemble {self}>"
+        if self.filter is None:
+            return f"<Ensemble {self}>"
+        on = self.filter.on
+        seen = self.name_of(on) if isinstance(on, Member) else on or self.name_of(self.base)
+        return f"<Ensemble {self}, {self.filter.rule} {self.filter.value:g} on {seen} ({self.filter.mode})>"
 
     # ---- what it is
 

@@ -28,7 +28,7 @@ from surgery.errors import SurgeryError
 from surgery.logits.ensemble import Ensemble, member
 from surgery.logits.lockstep import Encoded, EnsembleState
 from surgery.logits.members import Prompt, is_ids, listed
-from surgery.logits.score import score_encoded
+from surgery.logits.score import begun, score_encoded
 from surgery.models import encoded_prompts
 
 if TYPE_CHECKING:
@@ -160,14 +160,11 @@ class Composed(LocalGenerator):
         self._failed: str | None = None
 
     def _readable(self, index: int, prompt: Prompt) -> Encoded:
-        rows = self.decoder.encode(prompt)
-        found = []
-        for reader, views in zip(self.decoder.readers, rows, strict=True):
-            name, tokenizer = reader.members[0].name, reader.members[0].tokenizer
-            found.append(tuple(ids or (self._start(index, tokenizer),) for ids in views))
-            for ids in found[-1]:
-                self._check_room(index, len(ids), reader.decoder.context, f"the context of '{name}'")
-        return tuple(found)
+        row = begun(self.decoder, index, prompt)
+        for reader, views in zip(self.decoder.readers, row, strict=True):
+            for ids in views:
+                self._check_room(index, len(ids), reader.decoder.context, f"the context of '{reader.members[0].name}'")
+        return row
 
     def _length(self, row: Encoded) -> int:
         return max(len(ids) for views in row for ids in views)

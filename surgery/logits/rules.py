@@ -178,14 +178,14 @@ def guidance(
     """Classifier-free guidance: scale * conditioned + (1 - scale) * unconditioned, one model with two prompts.
 
     `scale` is as in transformers (`guidance_scale`): 1 is the model, g = scale - 1. `unconditioned` is how the other
-    prompt is made of the prompt (default: its last token alone, as in transformers), or an ensemble.
+    prompt is made of the prompt (default: its last token alone, as in transformers), for every member of a sum; or an
+    ensemble. "" and [] are the token that texts begin with.
     """
     _members(model)
     if isinstance(unconditioned, Ensemble):
         other = unconditioned
     else:
-        one = model.base
-        other = Ensemble([(replace(one, prompt=unconditioned), 1.0)])
+        other = Ensemble([(replace(one, prompt=unconditioned), weight) for one, weight in model.terms])
     return scale * model + (1 - scale) * other
 
 
@@ -222,6 +222,8 @@ def layers(model: Ensemble, weights: Mapping[int, float], last: float = 1.0) -> 
     layers hold other views, and no claim to its results.
     """
     _members(model)
+    if len(model.terms) != 1 or not isinstance(weights, Mapping):
+        raise SurgeryError("layers(model, {layer: weight}) is of one model.", hint="Sums of such can be added up.")
     one, found = model.base, last * model
     for layer, weight in weights.items():
         lens = replace(one, layer=layer)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.decoding import undisturbed
+from surgery.decoding import LocalGenerator, undisturbed
 from surgery.errors import SurgeryError
 from surgery.logits.ensemble import Ensemble, member
-from surgery.logits.lockstep import EnsembleState, within
+from surgery.logits.lockstep import Encoded, EnsembleState, within
 from surgery.logits.members import Prompt, is_ids, listed
 from surgery.models import tokenized
 
@@ -48,7 +48,8 @@ def log_likelihood(
     log p(y_t) = s(y_t) - logsumexp(s): their sum is the log-probability of the response under the composition as it
     decodes. Every member reads the prompt in its own way, and the same response. Token ids that end with the end mark
     get no second one. Raises `SurgeryError` when the lists differ in length, for responses of no tokens or with others
-    than the base's, and for texts longer than a member's context, naming it.
+    than the base's, and for texts longer than a member's context, naming it. An empty prompt is one token to begin
+    with, as in `generate`.
     """
     prompts, responses = listed(prompts), listed(responses, "Responses")
     if len(prompts) != len(responses):
@@ -57,7 +58,7 @@ def log_likelihood(
         raise SurgeryError(f"batch_size is {batch_size}; expected 1 or more.")
     if not isinstance(ensemble, Ensemble):
         ensemble = member(ensemble)
-    rows = [ensemble.encode(prompt) for prompt in prompts]
+    rows = [begun(ensemble, i, prompt) for i, prompt in enumerate(prompts)]
     answers = _answers(ensemble, responses, end)
     for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
         if not answer:
@@ -65,8 +66,6 @@ def log_likelihood(
         within(answer, ensemble.vocabulary, f"response {i}")
         for reader, views in zip(ensemble.readers, row, strict=True):
             context, length = reader.decoder.context, max(map(len, views)) + len(answer)
-            if min(map(len, views)) == 0:
-                raise SurgeryError(f"Prompt {i} is empty.", hint="Begin with a token: the tokenizer's BOS.")
             if context is not None and length > context:
                 raise SurgeryError(f"Text {i} has {length} tokens for '{reader.members[0].name}', whose context is "
                                    f"{context}.", hint="Shorten it.")  # fmt: skip
@@ -88,6 +87,14 @@ def perplexity(scored: Sequence[Scored]) -> float:
     if not values:
         raise SurgeryError("There are no texts, whose perplexity could be told.")
     return math.exp(-math.fsum(values) / len(values)) if math.isfinite(sum(values)) else math.inf
+
+
+def begun(ensemble: Ensemble, index: int, prompt: Prompt) -> Encoded:
+    """What every reader reads of a prompt: of an empty one, its tokenizer's first token. Raises without such a one."""
+    return tuple(
+        tuple(ids or (LocalGenerator._start(index, reader.members[0].tokenizer),) for ids in views)
+        for reader, views in zip(ensemble.readers, ensemble.encode(prompt), strict=True)
+    )
 
 
 def _answers(ensemble: Ensemble, responses: Sequence[str | Sequence[int]], end: bool) -> list[list[int]]:

@@ -341,7 +341,7 @@ def test_texts_that_a_filter_leaves_out_are_impossible(a):
 
 
 def test_bad_texts_get_a_sentence(a):
-    for prompts, responses in (([[5]], []), ([[5]], [""]), ([""], ["a"])):
+    for prompts, responses in (([[5]], []), ([[5]], [""]), (["", "a"], ["a"])):
         with pytest.raises(SurgeryError):
             log_likelihood(a, prompts, responses, end=False)
 

@@ -299,6 +299,38 @@ def test_scores_of_what_was_generated(a, b):
         assert np.allclose(s.log_probs[: len(g.log_probs)], g.log_probs, atol=1e-4)
 
 
+def test_an_empty_prompt_is_a_token_to_begin_with(a, b):
+    """In scores as in generation, and where only one member's prompt is empty."""
+    found = rules.guidance(a, 1.5, unconditioned=lambda prompt: "")
+    for ensemble, prompt in ((a + b, ""), (a + b, []), (found, "ab")):
+        (g,) = generate(ensemble, [prompt], sampling=Sampling(9), seed=2)
+        (s,) = log_likelihood(ensemble, [prompt], [g.completion_ids], end=False)
+        assert np.allclose(s.log_probs, g.log_probs, atol=1e-4)
+    assert tokens(a, [""]) == tokens(a, [[1]])
+
+
+def test_guidance_of_a_sum_is_that_of_each_member(a, b):
+    from llamas import recomputed
+
+    found = tokens(rules.guidance(a + 0.5 * b, 1.5))
+    terms = ((a, 1.0), (b, 0.5))
+    expected = [
+        recomputed(
+            [*((m.base.model, 1.5 * w, p) for m, w in terms), *((m.base.model, -0.5 * w, p[-1:]) for m, w in terms)], 8
+        )
+        for p in PROMPTS
+    ]
+    assert found == expected
+    for wrong in (lambda: rules.layers(a + b, {0: 1.0}), lambda: rules.layers(a, [0.5])):
+        with pytest.raises(SurgeryError, match="of one model"):
+            wrong()
+
+
+def test_a_filter_is_seen(a, b):
+    assert repr(rules.contrastive(a, b)) == "<Ensemble a - b, plausible 0.1 on a (mask)>"
+    assert repr((a + b).filtered("nucleus", 0.9, on="scores", mode="zero_reward")).endswith("on scores (zero_reward)>")
+
+
 def test_texts_are_scored_by_what_is_a_model(a, tmp_path):
     a.base.model.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
