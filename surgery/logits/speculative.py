@@ -30,7 +30,7 @@ from surgery.logits.lockstep import Encoded, EnsembleState, Reader, readers_of
 from surgery.logits.members import Member, Prompt
 
 LONGEST = 32
-"""Tokens that an adaptive draft never exceeds."""
+"""Tokens beyond which no draft grows."""
 DRAFT, JUDGE, MEND = range(3)
 """Streams of noise: what drafts (and tokens behind a block that was kept whole) are drawn with, whether they are kept,
 what comes in their place. A draft that is the composition itself so draws what plain decoding draws."""
@@ -193,6 +193,9 @@ class _Speculator(Composed):
     def __init__(
         self, ensemble: Ensemble, draft: Ensemble, sampling: Sampling, members: bool, k: int, adaptive: bool
     ) -> None:
+        if not isinstance(ensemble, Ensemble):
+            raise SurgeryError(f"What judges drafts is an ensemble, and not a {type(ensemble).__name__}.",
+                               hint="speculate(member(model), prompts, draft=member(small)).")  # fmt: skip
         if not isinstance(draft, Ensemble) or len(draft.terms) != 1 or draft.weights != [1.0] or draft.filter:
             raise SurgeryError(f"A draft is one model as `member` gives it, and not '{draft}'.",
                                hint="speculate(large + (tuned - small), prompts, draft=tuned).")  # fmt: skip
@@ -254,7 +257,7 @@ class _Speculator(Composed):
                 drafted.append(count)
                 kept.append(right)
                 if self.adaptive:
-                    k = min(k + 2, LONGEST) if right == count else max(k - 1, 1)
+                    k = min(k + 2, max(LONGEST, self.k)) if right == count else max(k - 1, 1)
         except KeyboardInterrupt:  # `_rollout` sees that it is too short
             del drafted[len(kept) :]
         self.report.tokens.append(len(going.ids))

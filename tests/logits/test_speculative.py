@@ -268,6 +268,8 @@ def test_what_is_no_draft_is_refused_in_a_sentence(large, tuned, small):
     for draft in (tuned - small, 2 * tuned, tuned.filtered("top_k", 3), llama(1)):
         with pytest.raises(SurgeryError, match="A draft is one model"):
             speculate(large, [[5]], draft=draft, sampling=GREEDY)
+    with pytest.raises(SurgeryError, match="What judges drafts is an ensemble"):
+        speculate(large.base.model, [[5]], draft=tuned)
     for k in (0, 1.5, True):
         with pytest.raises(SurgeryError, match="drafts have 1 token or more"):
             speculate(large, [[5]], draft=tuned, k=k)
