@@ -71,10 +71,10 @@ def evaluate(
     group = 1 if samples is None else samples
     prompts = [row["prompt"] for row in rows]
     # The members of a composition read a prompt each in their own way.
-    encoded = prompts if _is_composed(model) and not chat else encoded_prompts(_needed(tokenizer), prompts, chat)
+    encoded = prompts if _is_composed(model) and not chat else encoded_prompts(_needed(model, tokenizer), prompts, chat)
     longest = max_new_tokens or _room(model, encoded)
     sampling = Sampling(longest, 0.0 if samples is None else temperature, batch_size=batch_size)
-    drawn = respond(model, encoded, _needed(tokenizer), sampling, group, seed, progress)
+    drawn = respond(model, encoded, _needed(model, tokenizer), sampling, group, seed, progress)
     right = [[verify(one.text, row) for one in group_] for row, group_ in zip(rows, drawn, strict=True)]
     known = [i for i, verdicts in enumerate(right) if None not in verdicts]
     if not known:
@@ -185,7 +185,7 @@ def evaluate_tasks(
     """
     if isinstance(model, (str, Path)):
         model, tokenizer = load(model)
-    tokenizer = _needed(tokenizer)
+    tokenizer = _needed(model, tokenizer)
     parts, names = [], []
     for task in [TASKS.lookup(t) if isinstance(t, str) else t for t in tasks]:
         examples = task.examples(min(n, 100) if task.name == "facts" else n, seed)
@@ -194,7 +194,9 @@ def evaluate_tasks(
     return concatenate(parts, task=names)
 
 
-def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+def _needed(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    if tokenizer is None and _is_composed(model):  # which brings its own
+        tokenizer = model.tokenizer
     if tokenizer is None:
         raise SurgeryError("A model in memory is evaluated with its tokenizer: pass tokenizer=.")
     return tokenizer

@@ -14,6 +14,7 @@
 | speculative.py | `speculate`: one member drafts, the others judge blocks |
 | hooks.py | `as_generate`, `EnsembleLogitsProcessor`: an ensemble inside transformers' own `generate` |
 | score.py | `log_likelihood`, `perplexity` of given texts |
+| search/ | Transfer Q*, REBASE, votes, clusters, best of n |
 | explore.py, contrasts.py | `explore`: what is new in a fine-tuning's data; given tokens and texts by contrast |
 """
 

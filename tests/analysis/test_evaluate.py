@@ -115,3 +115,18 @@ def test_chat_needs_a_template_and_likelihood_needs_pairs(tiny):
         generate(*tiny, ["m 1+1="], chat=True)
     with pytest.raises(SurgeryError, match="1 prompts, but 2 responses"):
         answer_log_likelihood(*tiny, ["m 1+1="], ["#2", "#3"])
+
+
+def test_a_composition_is_scored_like_the_model_that_it_is(tiny):
+    from analysis.evaluate import evaluate, task_rows
+    from surgery.logits import member
+
+    rows = task_rows(["chain", "copy"], n=6)
+    alone = evaluate(tiny[0], rows, tokenizer=tiny[1], max_new_tokens=24)
+    composed = evaluate(member(*tiny), rows, max_new_tokens=24)  # it brings its tokenizer
+    assert composed.columns["completion"] == alone.columns["completion"]
+    (first, second) = (
+        answer_log_likelihood(model, tiny[1], [r["prompt"] for r in rows], ["#1"] * len(rows))
+        for model in (tiny[0], member(*tiny))
+    )
+    assert np.allclose(first.values, second.values, atol=1e-5)
