@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,14 +178,15 @@ class _Row:
 
     noise: Tensor
     """(stream, new tokens) in [0, 1)."""
-    parts: list[CausalState]
-    """By reader of the ensemble: prompt and completion read, but for the last token."""
-    mine: CausalState
-    """The draft's; one of `parts` when it is a member."""
-    unread: list[int]
+    ids: list[int]
+    """The completion so far, with `log_probs`."""
+    log_probs: list[float]
+    parts: list[CausalState] = field(default_factory=list)
+    """By reader of the ensemble: the prompt and the completion read, but for its last token."""
+    drafting: Any = None
+    """The draft's state; one of `parts` when it is a member."""
+    unread: list[int] = field(default_factory=list)
     """What of the completion the draft has not read."""
-    ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
 
 
 class _Speculator(Composed):
@@ -238,21 +240,15 @@ class _Speculator(Composed):
         began = time.perf_counter()
         drafted: list[int] = []
         kept: list[int] = []
+        ids: list[int] = []
+        log_probs: list[float] = []
         self.report.drafted.append(drafted)
         self.report.accepted.append(kept)
         noise = torch.from_numpy(uniforms([seed], 3, self.sampling.max_new_tokens))[0].to(self._device)
-        going = _Row(noise, [], None, [])  # type: ignore[arg-type]
         k = self.k
         try:
-            scores, state = self._prefill([row])
-            going.parts = state.parts
-            going.mine = state.parts[self.at] if self.shared else self.readers[self.at].prefill([row[self.at]])[1]
-            for reader in range(len(self.readers)):
-                self._count(reader)
-            token = drawn(probabilities(scores, self.sampling), noise[DRAFT, :1])
-            self._tell(index, going, [int(token)], scores, state.log_probs)
-            going.unread = going.ids[-1:]
-            while len(going.ids) < self.sampling.max_new_tokens and not self._over(going.ids):
+            going = self._begin(index, row, _Row(noise, ids, log_probs))
+            while len(ids) < self.sampling.max_new_tokens and not self._over(ids):
                 count, right = self._round(index, going, k)
                 drafted.append(count)
                 kept.append(right)
@@ -260,9 +256,21 @@ class _Speculator(Composed):
                     k = min(k + 2, max(LONGEST, self.k)) if right == count else max(k - 1, 1)
         except KeyboardInterrupt:  # `_rollout` sees that it is too short
             del drafted[len(kept) :]
-        self.report.tokens.append(len(going.ids))
+        self.report.tokens.append(len(ids))
         self.report.seconds.append(time.perf_counter() - began)
-        return self._rollout(index, index, row, going.ids, going.log_probs)
+        return self._rollout(index, index, row, ids, log_probs)
+
+    def _begin(self, index: int, prompt: Encoded, row: _Row) -> _Row:
+        """Everybody reads the prompt, behind which the composition draws the first token."""
+        scores, state = self._prefill([prompt])
+        row.parts = state.parts
+        row.drafting = row.parts[self.at] if self.shared else self.readers[self.at].prefill([prompt[self.at]])[1]
+        for reader in range(len(self.readers)):
+            self._count(reader)
+        token = drawn(probabilities(scores, self.sampling), row.noise[DRAFT, :1])
+        self._tell(index, row, [int(token)], scores, state.log_probs)
+        row.unread = row.ids[-1:]
+        return row
 
     def _round(self, index: int, row: _Row, k: int) -> tuple[int, int]:
         """Drafts at most `k` tokens, judges them, adds what is kept and one more; how many were drafted, and kept."""
@@ -281,7 +289,7 @@ class _Speculator(Composed):
             self._tell(index, row, new, scores, state.log_probs)
         if n == k and not (k and self._over(row.ids)):
             if self.shared:  # the draft's own row behind its last token, which nothing needed until now
-                told[self.at] = self._read(self.at, block[:, -1:], row.mine)
+                told[self.at] = self._read(self.at, block[:, -1:], row.drafting)
             scores = self.decoder._scores([[rows[:, -1:] for rows in one] for one in told], state)[0]
             token = drawn(probabilities(scores, self.sampling), row.noise[DRAFT, start + k, None])
             self._tell(index, row, [int(token)], scores, state.log_probs)
@@ -289,7 +297,7 @@ class _Speculator(Composed):
             if i != self.at:
                 part.crop(k - n)
         if n < k:
-            row.mine.crop(k - 1 - n)
+            row.drafting.crop(k - 1 - n)
             row.unread = row.ids[-1:]
         else:
             row.unread = row.ids[-1:] if self.shared else [*row.unread, row.ids[-1]]
@@ -305,7 +313,7 @@ class _Speculator(Composed):
         laws: list[Tensor] = []
         told: list[list[Tensor]] = []
         while len(drafts) < k and not (drafts and self._over(row.ids, drafts)):
-            told.append(self._read(self.at, torch.tensor([row.unread], device=row.noise.device), row.mine))
+            told.append(self._read(self.at, torch.tensor([row.unread], device=row.noise.device), row.drafting))
             scores = reader.values(told[-1][self.which][:, -1]).to(row.noise.device)
             laws.append(probabilities(scores, self.sampling))
             place = len(row.ids) + len(drafts)
