@@ -7,7 +7,8 @@ export OMP_NUM_THREADS ?= 1
 
 CLAIMS := merging_tradeoff negation_analogy merging_with_data reasoning_vectors forgetting echo_chamber reft \
 	masked_thought_vs_sft no_signal sec_curriculum cosine_length sft_then_grpo \
-	tuning_contribution entity_tracking wrapper_study conjugate_prompting cot_faithfulness
+	tuning_contribution entity_tracking wrapper_study conjugate_prompting cot_faithfulness \
+	upscaling unir_transfer three_spaces new_in_my_data transfer_q
 
 .PHONY: help install models test lint types notebooks demo bench claims clean
 
@@ -46,6 +47,7 @@ bench: install    ## speed and memory against peers and floors (minutes; quiet m
 	$(BIN)/python experiments/benchmarks/train.py
 	$(BIN)/python experiments/benchmarks/patching.py
 	$(BIN)/python experiments/benchmarks/tuco.py
+	$(BIN)/python experiments/benchmarks/logits.py
 
 claims: install   ## every experiment on the tiny family, from training to picture (three hours); ONLY=name for one
 	for name in $(or $(ONLY),$(CLAIMS)); do $(BIN)/python experiments/$$name.py || exit 1; done
