@@ -86,7 +86,9 @@ def share(text: str, answer: str) -> float:
 REWARDS: dict[str, Callable[[str, str], float]] = {"exact": exact, "share": share}
 
 
-def run(name: str, seed: int, settings: Mapping[str, Any], pool: int | None = None) -> dict[str, Any]:
+def run(
+    name: str, seed: int, settings: Mapping[str, Any], alphas: Sequence[float], pool: int | None = None
+) -> dict[str, Any]:
     """One seed of one comparison: (KL, reward, tokens) of both ways by alpha, and best of n by n."""
     what = COMPARISONS[name]
     (sft, tokenizer), (aligned, _) = (load(zoo.get(what[one])) for one in ("sft", "aligned"))
@@ -101,7 +103,7 @@ def run(name: str, seed: int, settings: Mapping[str, Any], pool: int | None = No
     found: dict[str, Any] = {}
     for way, behind in zip(WAYS, (aligned, sft), strict=True):
         found[way] = []
-        for alpha in ALPHAS:
+        for alpha in alphas:
             decoder = TransferQ(
                 sft, behind, reward, tokenizer, alpha=alpha, k=settings["k"], lookahead=what["new"],
                 samples=what["samples"], ahead=what["ahead"], max_new_tokens=what["new"], batch_size=1024,
@@ -111,7 +113,7 @@ def run(name: str, seed: int, settings: Mapping[str, Any], pool: int | None = No
             rewards = reward(asked, [one.text for one in drawn.rollouts])
             tokens = (drawn.sft_tokens + drawn.aligned_tokens) / len(rewards)
             kl = float(np.mean([sum(each) for each in drawn.kl]))
-            found[way].append({"kl": kl, "reward": float(np.mean(rewards)), "tokens": tokens})
+            found[way].append({"alpha": alpha, "kl": kl, "reward": float(np.mean(rewards)), "tokens": tokens})
     groups = respond(sft, prompts, tokenizer, Sampling(what["new"], batch_size=2048), pool or what["pool"], seed)
     values = [[rate(one.text, row["answer"]) for one in group] for group, row in zip(groups, rows, strict=True)]
     length = float(np.mean([len(one.completion_ids) for group in groups for one in group]))
@@ -175,8 +177,8 @@ def summarised(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any
     for name, each in runs.items():
         one: dict[str, Any] = {"alphas": []}
         differences = [at_equal_kl(found) for found in each]
-        for i, alpha in enumerate(ALPHAS):
-            line: dict[str, Any] = {"alpha": alpha}
+        for i, point in enumerate(each[0]["Transfer Q*"]):
+            line: dict[str, Any] = {"alpha": point["alpha"]}
             for way in WAYS:
                 line[way] = {what: mean_interval([found[way][i][what] for found in each])
                              for what in ("kl", "reward", "tokens")}  # fmt: skip
@@ -184,13 +186,13 @@ def summarised(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any
                 values = [v for v in (found[other][i] for found in differences) if v is not None]
                 line[f"over {other}"] = mean_interval(values) if values else None
             one["alphas"].append(line)
-        for line in ("best of n", "frontier"):
-            one[line] = [
+        for curve in ("best of n", "frontier"):
+            one[curve] = [
                 {
-                    key: value if key == "n" else float(np.mean([found[line][i][key] for found in each]))
+                    key: value if key == "n" else float(np.mean([found[curve][i][key] for found in each]))
                     for key, value in point.items()
-                }  # fmt: skip
-                for i, point in enumerate(each[0][line])
+                }
+                for i, point in enumerate(each[0][curve])
             ]
         one["over"] = {}
         for other in [*OTHERS, "frontier"]:
@@ -282,11 +284,12 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="a few prompts: shows that it runs")
     options = parser.parse_args()
     began = time.perf_counter()
-    settings, seeds, workers, pool = SETTINGS, options.seeds, options.workers, None
+    settings, seeds, workers, alphas, pool = SETTINGS, options.seeds, options.workers, ALPHAS, None
     if options.fast:
-        settings, seeds, workers, pool = {**SETTINGS, "prompts": 4, "group": 1}, [0], 1, 32
+        settings, seeds, workers = {**SETTINGS, "prompts": 3, "group": 1, "k": 4}, [0], 1
+        alphas, pool = [ALPHAS[0], ALPHAS[-1]], 32
     jobs = [(name, seed) for name in COMPARISONS for seed in seeds]
-    done = dict(zip(jobs, in_processes(run, [(*job, settings, pool) for job in jobs], workers), strict=True))
+    done = dict(zip(jobs, in_processes(run, [(*job, settings, alphas, pool) for job in jobs], workers), strict=True))
     summary = summarised({name: [done[name, seed] for seed in seeds] for name in COMPARISONS})
     report = {"comparisons": COMPARISONS, "settings": settings, "seeds": seeds, "summary": summary}
     path = write(options.out, "transfer_q", report, picture(summary), began)

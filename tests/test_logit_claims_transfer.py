@@ -109,7 +109,7 @@ def test_rewards_at_equal_kl(experiment):
 
 def test_verdicts(experiment):
     def seed(shift):
-        line = [{"kl": 0.5 + i, "reward": 0.4 + 0.1 * i, "tokens": 9.0} for i in range(5)]
+        line = [{"alpha": 2.0**-i, "kl": 0.5 + i, "reward": 0.4 + 0.1 * i, "tokens": 9.0} for i in range(5)]
         best = [
             {"n": n, "kl": kl, "bound": kl, "tokens": 1.0, "reward": 0.2 + 0.1 * kl} for n, kl in ((1, 0.0), (2, 9.0))
         ]
