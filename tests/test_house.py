@@ -97,6 +97,12 @@ def test_files_can_be_read_in_one_sitting(path):
     assert len(path.read_text().splitlines()) <= 420
 
 
+def test_every_test_file_has_a_name_of_its_own():
+    """Folders of tests are no packages: two files of one name can't be collected together."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_no_cycles_between_modules():
     graph = {module_of(p): imports(p, top_level=True) for p in FILES}
     names = set(graph)
