@@ -1,0 +1,82 @@
+"""The claims about contrastive exploration run from end to end, and the table of claims quotes the stored results."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+RESULTS = EXPERIMENTS / "results"
+NAME = "new_in_my_data"
+
+
+@pytest.fixture
+def experiment(monkeypatch):
+    """The script; its neighbours are forgotten afterwards."""
+    modules = set(sys.modules)
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    yield __import__(NAME)
+    for name in set(sys.modules) - modules:
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(EXPERIMENTS)):
+            del sys.modules[name]
+
+
+def test_the_readme_quotes_the_stored_results(experiment):
+    readme = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
+    report = json.loads((RESULTS / f"{NAME}.json").read_text())
+    lines = experiment.markdown(report["summary"]).splitlines()
+    assert len(lines) >= 5
+    assert [line for line in lines if line not in readme.splitlines()] == []
+    assert f"results/{NAME}.png" in readme and f"experiments/{NAME}.py" in readme
+    assert (RESULTS / f"{NAME}.json").stat().st_size < 100_000
+    assert (RESULTS / f"{NAME}.png").stat().st_size < 100_000
+
+
+def test_it_runs(experiment, tmp_path):
+    command = [sys.executable, str(EXPERIMENTS / f"{NAME}.py"), "--fast", "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SURGERY_CACHE": str(tmp_path / "cache")}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert run.returncode == 0, run.stderr
+    report = json.loads((tmp_path / f"{NAME}.json").read_text())
+    stored = json.loads((RESULTS / f"{NAME}.json").read_text())
+    assert report.keys() == stored.keys()
+    assert experiment.markdown(report["summary"]) in run.stdout
+    assert (tmp_path / f"{NAME}.png").read_bytes().startswith(b"\x89PNG")
+    experiment.check(report)
+
+
+def test_pages_of_the_new_tasks_are_recognised_and_old_ones_are_not(experiment):
+    old = experiment.Pages(1, 0.0, 48)
+    assert not [row for row in map(old.row, range(400)) if experiment.domain(row["completion"]) is not None]
+    new = experiment.Pages(1, 1.0, 48)
+    rows = [new.row(i) for i in range(400)]
+    assert {row["task"] for row in rows} == set(experiment.FORMS) and {len(row["completion"]) for row in rows} == {48}
+    wrong = [row for row in rows if experiment.domain(row["completion"]) != row["task"]]
+    assert len(wrong) < 8 and {row["task"] for row in wrong} <= {"addition"}, "cut before the sum is written"
+    assert new.row(7) == rows[7] == experiment.Pages(1, 1.0, 48).row(7)
+
+
+def test_a_share_of_the_pages_is_new(experiment):
+    pages = experiment.Pages(2, 0.05, 48)
+    tasks = [pages.row(i)["task"] for i in range(2000)]
+    assert 70 < sum(task in experiment.FORMS for task in tasks) < 130
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("q bada=#ku q mo", "kv"),
+        ("m 1+1=#2 w abc=#aabbcc", "double"),
+        ("w abc=#aabbc", None),
+        ("l abc=#ccc l ab", "last"),
+        ("l abc=#cca", None),
+        ("k 2 6 8;0=#8-6-2 q bada=#ku q tode=#le", "kv"),
+        ("a 61+11=1+1=2;6+1=7;#72", "addition"),
+        ("m 3+5-2=3+5=8;8-2=6;#6", None),
+    ],
+)
+def test_a_text_is_in_the_domain_of_most_whole_examples(experiment, text, name):
+    assert experiment.domain(text) == name
