@@ -1,7 +1,7 @@
 """The models of `logits.py`: the tiny family; SmolLM2-135M-Instruct, two fine-tunings and a small pair of it.
 
 No smaller model has SmolLM2's tokenizer, so one is made: its first six layers and its last two, which learn to say what
-the whole model says of GSM8K's solutions (KL of next tokens, teacher-forced, `CUT`), and a fine-tuning of that on the
+the whole model says of SVAMP's solutions (KL of next tokens, teacher-forced, `CUT`), and a fine-tuning of that on the
 same solutions (`TUNED`). Six minutes on one core, once: the models stay in the cache.
 """
 
@@ -26,7 +26,7 @@ from finetune_smollm2 import batches, cached, finetune, rows
 
 from surgery.logits import Ensemble, member
 from surgery.models import load
-from surgery.tasks import TASKS, gsm8k
+from surgery.tasks import TASKS, svamp
 from surgery.zoo import cache_dir, get
 
 TINY, REAL = "tiny family", "SmolLM2-135M"
@@ -35,10 +35,10 @@ FINE_TUNINGS: tuple[dict[str, Any], ...] = (
     {"data": "svamp", "steps": 24, "size": 8, "lr": 5e-5, "seed": 0, "longest": 120},
 )
 CUT: dict[str, Any] = {
-    "layers": [0, 1, 2, 3, 4, 5, 28, 29], "data": "gsm8k", "longest": 160, "steps": 240, "size": 8, "lr": 5e-4,
+    "layers": [0, 1, 2, 3, 4, 5, 28, 29], "data": "svamp", "longest": 120, "steps": 160, "size": 8, "lr": 5e-4,
     "seed": 0,
 }  # fmt: skip
-TUNED: dict[str, Any] = {"steps": 40, "size": 8, "lr": 1e-4, "seed": 0}
+TUNED: dict[str, Any] = {"steps": 30, "size": 8, "lr": 1e-4, "seed": 0}
 
 
 @dataclass
@@ -69,7 +69,7 @@ def case(name: str, *, ends: bool = False, drafts: bool = False, dtype: str = "b
         dtype = "float32"
     else:
         folders = [get("smollm2"), *((pair()[::-1]) if drafts else map(cached, FINE_TUNINGS))]
-        prompts = [[{"role": "user", "content": e.prompt}] for e in gsm8k("test", 40)] if drafts else []
+        prompts = [[{"role": "user", "content": e.prompt}] for e in svamp("test", 40)] if drafts else []
     models = [load(folder, dtype) for folder in folders]
     tokenizer = models[0][1]
     if not ends:
@@ -98,10 +98,10 @@ def ids_of(subject: Case, rows: int, length: int) -> list[list[int]]:
 def pair() -> tuple[Path, Path]:
     """Folders of the small base and its fine-tuning, made when they are not in the cache."""
     name = hashlib.sha256(json.dumps([CUT, TUNED], sort_keys=True).encode()).hexdigest()[:8]
-    small, tuned = (cache_dir() / f"smollm2-cut{part}-{name}" for part in ("", "-gsm8k"))
+    small, tuned = (cache_dir() / f"smollm2-cut{part}-{name}" for part in ("", "-svamp"))
     if not (small.is_dir() and tuned.is_dir()):
         teacher, tokenizer = load(get("smollm2"))
-        data = rows(tokenizer, gsm8k("train"), int(CUT["longest"]))
+        data = rows(tokenizer, svamp("train"), int(CUT["longest"]))
         began = time.process_time()
         model = cut(teacher, CUT["layers"])
         losses = distil(teacher, model, data, CUT["steps"], CUT["size"], CUT["lr"], CUT["seed"])
