@@ -5,19 +5,19 @@
     python experiments/benchmarks/logits.py --only single memory         # some of the sections, nothing written
     python experiments/benchmarks/logits.py --tables                     # the tables of the stored run
 
-The tiny family (447,552 and 163,072 parameters, float32, a context of 128) as large + (tuned - small), and
-SmolLM2-135M-Instruct in bfloat16, a vocabulary of 49,152, with fine-tunings of it on GSM8K and SVAMP as
-base + 0.5 * (one - other). For speculation SmolLM2 is the large model of a small pair cut out of it
-(`logits_models.py`). One thread; CPU seconds of the process; arms in turn, so that a slow minute of the machine hits
-all; the least of the rounds, medians in the JSON. But for speculation no token ends a text: all are equally long.
+The tiny family (447,552 and 163,072 parameters, float32, a context of 128) as large + tuned - small, and
+SmolLM2-135M-Instruct in bfloat16, a vocabulary of 49,152, with two fine-tunings of it as base + 0.5 gsm8k - 0.5 svamp;
+for speculation also as the large model of a smaller pair cut out of it (`logits_models.py`). One thread; CPU seconds of
+the process; arms in turn, so that a slow minute of the machine hits all; a ratio is the median of the rounds' ratios,
+with the least and the largest. But for speculation no token ends a text: all are equally long.
 
 * single: one member by `generate`, and `model.generate` of transformers, greedy, 24 tokens and 64 new ones
-* three: three members, over the sum of each one's own decoding in the same run; the share of the time that combining
+* three: three members, over the sum of each one's own decoding in the same round; the share of the time that combining
   log-probabilities takes
 * recompute: the same three read the whole prefix anew at every step, all rows of logits made, as released code does it;
   of the larger models nine steps at lengths that are spread evenly are timed, and the others lie between
-* speculation: batch 1, real prompts, greedy: plain EFT, speculative EFT, the large model alone, and the floor: the
-  large model reads the same text in one block behind the prompt. Prompts are part of all of them
+* speculation: batch 1, real prompts, greedy: plain decoding of the composition, speculative, the large model alone, and
+  the floor: the large model reads the same text in one block behind the prompt. Prompts are part of all of them
 * memory: the peak above the loaded models, beside the caches by arithmetic, and the largest tensor made
 
 Without SmolLM2 or the data its rows are left out, and the script says so. Writes `results/logits.json`.
@@ -55,29 +55,27 @@ PROMPT = 24
 AIMS = {"single": 1.0, "three": 1.10, "combination": 0.05, "speculation": 1.5, "acceptance": 0.7}
 """At least transformers' tokens/s; at most so many times the members' sum; at most that share; at least so many times
 plain EFT where at least that share of the judged drafts is kept."""
-BLOCKS = {"k = 5, adaptive": (5, True), "k = 2": (2, False), "k = 4": (4, False)}
+BLOCKS = {"k = 5, adaptive": (5, True), "k = 3": (3, False)}
 """How many tokens are drafted, and whether that number moves."""
 Row = dict[str, Any]
 
 
-def in_turn(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of every arm in every round; a first call of each warms up."""
+def in_turn(arms: dict[str, Callable[[], Any]], rounds: int, warm: bool = True) -> dict[str, list[float]]:
+    """CPU seconds of every arm in every round; with `warm` after a round that does not count."""
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-    for timed in range(rounds + 1):
+    for round_ in range(rounds + warm):
         for arm, run in arms.items():
             began = time.process_time()
             run()
-            if timed:
+            if round_ or not warm:
                 seconds[arm].append(time.process_time() - began)
     return seconds
 
 
-def told(seconds: dict[str, list[float]]) -> Row:
-    """All rounds, the least and the median of each arm."""
-    return {
-        "seconds": seconds, "min": {arm: min(each) for arm, each in seconds.items()},
-        "median": {arm: statistics.median(each) for arm, each in seconds.items()},
-    }  # fmt: skip
+def ratio(over: Sequence[float], under: Sequence[float]) -> Row:
+    """The median over rounds of one arm's seconds over another's, and between what."""
+    each = [a / b for a, b in zip(over, under, strict=True)]
+    return {"ratio": statistics.median(each), "range": [min(each), max(each)]}
 
 
 def greedy(new: int, rows: int = 1) -> Sampling:
@@ -102,12 +100,11 @@ def single(subject: Case, rows: int, new: int, rounds: int) -> Row:
         return [one.completion_ids for one in generate(subject.large, ids, sampling=greedy(new, rows))]
 
     same = ours() == theirs()
-    row = told(in_turn({"ours": ours, "transformers": theirs}, rounds))
+    seconds = in_turn({"ours": ours, "transformers": theirs}, rounds)
     return {
-        "models": subject.name, "rows": rows, "new": new, **row, "same_tokens": same,
-        "tokens_per_s": {arm: rows * new / least for arm, least in row["min"].items()},
-        "ratio": row["min"]["transformers"] / row["min"]["ours"],
-        "ratio_of_medians": row["median"]["transformers"] / row["median"]["ours"],
+        "models": subject.name, "rows": rows, "new": new, "seconds": seconds, "same_tokens": same,
+        "tokens_per_s": {arm: rows * new / statistics.median(each) for arm, each in seconds.items()},
+        **ratio(seconds["transformers"], seconds["ours"]),
     }  # fmt: skip
 
 
@@ -116,18 +113,16 @@ def three(subject: Case, rows: int, new: int, rounds: int) -> Row:
     ids, sampling = ids_of(subject, rows, PROMPT), greedy(new, rows)
     arms = {"three": partial(generate, subject.ensemble, ids, sampling=sampling)}
     arms |= {one.base.name: partial(generate, one, ids, sampling=sampling) for one in subject.three}
-    row = told(in_turn(arms, rounds))
+    seconds = in_turn(arms, rounds)
     with combining() as spent:
         began = time.process_time()
         arms["three"]()
         share = sum(spent) / (time.process_time() - began)
-
-    def ratio(seconds: dict[str, float]) -> float:
-        return seconds["three"] / sum(value for arm, value in seconds.items() if arm != "three")
-
+    alone = [sum(each) for each in zip(*(seconds[one.base.name] for one in subject.three), strict=True)]
     return {
-        "models": subject.name, "rows": rows, "new": new, **row, "ratio": ratio(row["min"]),
-        "ratio_of_medians": ratio(row["median"]), "vocabulary": subject.ensemble.vocabulary, "combination": share,
+        "models": subject.name, "rows": rows, "new": new, "seconds": seconds, **ratio(seconds["three"], alone),
+        "tokens_per_s": rows * new / statistics.median(seconds["three"]), "vocabulary": subject.ensemble.vocabulary,
+        "combination": share,
     }  # fmt: skip
 
 
@@ -153,32 +148,23 @@ def combining() -> Iterator[list[float]]:
 def recompute(subject: Case, new: int, rounds: int, points: int | None) -> Row:
     """Cached decoding against reading the prefix anew, at batch 1; `points` steps timed, or all."""
     ids = ids_of(subject, 1, PROMPT)
-    decode = partial(generate, subject.ensemble, ids, sampling=greedy(new))
-    text = ids[0] + decode()[0].completion_ids
     where = range(new) if points is None else sorted({round(i * (new - 1) / (points - 1)) for i in range(points)})
-    same = []
-
-    def anew() -> None:
-        steps.clear()
+    generate(subject.ensemble, ids, sampling=greedy(2))  # warms up
+    cached, anew, same = [], [], []
+    for _ in range(rounds):
+        began = time.process_time()
+        text = ids[0] + generate(subject.ensemble, ids, sampling=greedy(new))[0].completion_ids
+        cached.append(time.process_time() - began)
+        steps = []
         for t in where:
             began = time.process_time()
             token = step_anew(subject.ensemble, text[: PROMPT + t])
             steps.append(time.process_time() - began)
             same.append(token == text[PROMPT + t])
-
-    steps: list[float] = []
-    totals = []
-    seconds = []
-    for _ in range(rounds):
-        began = time.process_time()
-        decode()
-        seconds.append(time.process_time() - began)
-        anew()
-        totals.append(float(between(list(where), steps, new)))
+        anew.append(between(list(where), steps, new))
     return {
-        "models": subject.name, "new": new, "timed_steps": len(where),
-        **told({"cached": seconds, "recomputed": totals}), "ratio": min(totals) / min(seconds),
-        "same_tokens": sum(same) / len(same),
+        "models": subject.name, "new": new, "timed_steps": len(where), "seconds": {"cached": cached, "anew": anew},
+        **ratio(anew, cached), "same_tokens": sum(same) / len(same),
     }  # fmt: skip
 
 
@@ -204,7 +190,7 @@ def between(where: Sequence[int], steps: Sequence[float], new: int) -> float:
 
 
 def speculation(subject: Case, count: int, new: int, rounds: int) -> Row:
-    """Speculative EFT at batch 1 against plain EFT, the large model alone, and its reading rate."""
+    """Speculation at batch 1 against plain decoding, the large model alone, and its reading rate."""
     prompts, sampling = subject.prompts[:count], greedy(new)
     reports: dict[str, Any] = {}
     texts: dict[str, list[list[int]]] = {}
@@ -218,23 +204,23 @@ def speculation(subject: Case, count: int, new: int, rounds: int) -> Row:
         note(arm, generate(ensemble, prompts, sampling=sampling))
 
     def drafted(arm: str, k: int, adaptive: bool) -> None:
-        note(arm, speculate(subject.ensemble, prompts, draft=subject.tuned, sampling=sampling, k=k, adaptive=adaptive))
+        note(arm, speculate(subject.ensemble, prompts, draft=subject.draft, sampling=sampling, k=k, adaptive=adaptive))
 
     arms: dict[str, Callable[[], Any]] = {
-        "plain": lambda: plain("plain", subject.ensemble),
-        "large alone": lambda: plain("large alone", subject.large),
-    }
+        "plain": lambda: plain("plain", subject.ensemble), "large alone": lambda: plain("large alone", subject.large),
+    }  # fmt: skip
     arms |= {arm: partial(drafted, arm, *how) for arm, how in BLOCKS.items()}
-    for run in arms.values():
-        run()
     arms["floor"] = lambda: read(subject.large, prompts, texts["plain"])
-    row = told(in_turn(arms, rounds))
+    speculate(subject.ensemble, prompts[:1], draft=subject.draft, sampling=greedy(2))  # warms up, as `plain` does
+    generate(subject.ensemble, prompts[:1], sampling=greedy(2))
+    seconds = in_turn(arms, rounds, warm=False)
     tokens = {arm: sum(map(len, ids)) for arm, ids in texts.items()} | {"floor": sum(map(len, texts["plain"]))}
-    each = {arm: row["min"][arm] / tokens[arm] for arm in arms}
+    each = {arm: [value / tokens[arm] for value in seconds[arm]] for arm in arms}
     return {
-        "models": subject.name, "prompts": count, "new": new, **row, "tokens": tokens, "seconds_per_token": each,
-        "times_plain": {arm: each["plain"] / each[arm] for arm in arms},
-        "times_large": {arm: each["large alone"] / each[arm] for arm in arms},
+        "models": subject.label, "draft": str(subject.draft), "prompts": count, "new": new, "seconds": seconds,
+        "tokens": tokens, "seconds_per_token": {arm: statistics.median(values) for arm, values in each.items()},
+        "times_plain": {arm: ratio(each["plain"], each[arm]) for arm in arms},
+        "times_large": {arm: ratio(each["large alone"], each[arm]) for arm in arms},
         "same_tokens": {arm: agreement(texts["plain"], texts[arm]) for arm in BLOCKS}, "reports": reports,
     }  # fmt: skip
 
@@ -262,16 +248,16 @@ def agreement(one: Sequence[list[int]], other: Sequence[list[int]]) -> float:
 
 def plans(real: bool, fast: bool) -> dict[str, list[Callable[[Case], Row]]]:
     """By section, what is measured on a family."""
-    rounds, new = (1, 8) if fast else (3 if real else 9, 64)
-    prompts, most, times = (4, 16, 1) if fast else (6, 64, 2) if real else (24, 40, rounds)
+    rounds = 1 if fast else 3 if real else 7
+    new = 8 if fast else 64
     return {
         "single": [partial(single, rows=rows, new=new, rounds=rounds) for rows in (1, 8)],
-        "three": [partial(three, rows=rows, new=new, rounds=rounds) for rows in (1, 8)],
+        "three": [partial(three, rows=rows, new=24 if real else new, rounds=rounds) for rows in (1, 8)],
         "recompute": [
             partial(recompute, new=length, rounds=1 if real else rounds, points=9 if real else None)
             for length in ((new,) if fast else (64, 256) if real else (64, 96))
         ],
-        "speculation": [partial(speculation, count=prompts, new=most, rounds=times)],
+        "speculation": [partial(speculation, count=5 if real else 24, new=32, rounds=min(rounds, 2 if real else 5))],
         "memory": [lambda subject: memory(subject.name)],
     }
 
@@ -283,14 +269,15 @@ def run(sections: Sequence[str], names: Sequence[str], fast: bool) -> dict[str, 
     for name in names:
         for section in sections:
             speculating = section == "speculation"
-            try:
-                subject = made(name, ends=speculating, drafts=speculating and name == REAL)
-            except SurgeryError as error:
-                print(f"{section} of {name} is left out: {error}")
-                continue
-            for plan in plans(name == REAL, fast)[section]:
-                results.setdefault(section, []).append(plan(subject))
-                print(LINES[section](results[section][-1]), flush=True)
+            for drafts in (False, True) if speculating and name == REAL else (False,):
+                try:
+                    subject = made(name, ends=speculating, drafts=drafts)
+                except SurgeryError as error:
+                    print(f"{section} of {name} is left out: {error}")
+                    continue
+                for plan in plans(name == REAL, fast)[section]:
+                    results.setdefault(section, []).append(plan(subject))
+                    print(LINES[section](results[section][-1]), flush=True)
     return results
 
 
@@ -301,27 +288,32 @@ def verdict(value: float, aim: float, least: bool) -> str:
     return "met" if (value >= aim if least else value <= aim) else "not met"
 
 
+def spread(found: Row, digits: int = 2) -> str:
+    """A ratio, and between what it was."""
+    low, high = found["range"]
+    return f"{found['ratio']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
 def single_line(row: Row) -> str:
     speed = row["tokens_per_s"]
     return (
-        f"| {row['models']} | {row['rows']} | {speed['ours']:.1f} | {speed['transformers']:.1f} | {row['ratio']:.3f} | "
-        f"{row['ratio_of_medians']:.3f} | {verdict(row['ratio'], AIMS['single'], True)} |"
+        f"| {row['models']} | {row['rows']} | {speed['ours']:.1f} | {speed['transformers']:.1f} | {spread(row)} | "
+        f"{verdict(row['ratio'], AIMS['single'], True)} |"
     )
 
 
 def three_line(row: Row) -> str:
     return (
-        f"| {row['models']} | {row['rows']} | {row['rows'] * row['new'] / row['min']['three']:.1f} | "
-        f"{row['ratio']:.3f} | {row['ratio_of_medians']:.3f} | {verdict(row['ratio'], AIMS['three'], False)} | "
-        f"{row['vocabulary']:,} | {100 * row['combination']:.1f} % | "
+        f"| {row['models']} | {row['rows']} | {row['tokens_per_s']:.1f} | {spread(row)} | "
+        f"{verdict(row['ratio'], AIMS['three'], False)} | {row['vocabulary']:,} | {100 * row['combination']:.1f} % | "
         f"{verdict(row['combination'], AIMS['combination'], False)} |"
     )
 
 
 def recompute_line(row: Row) -> str:
-    least = row["min"]
+    cached, anew = (statistics.median(row["seconds"][arm]) for arm in ("cached", "anew"))
     return (
-        f"| {row['models']} | {row['new']} | {least['cached']:.2f} | {least['recomputed']:.2f} | {row['ratio']:.1f} | "
+        f"| {row['models']} | {row['new']} | {cached:.2f} | {anew:.2f} | {spread(row, 1)} | "
         f"{row['timed_steps']} of {row['new']} |"
     )
 
@@ -329,16 +321,16 @@ def recompute_line(row: Row) -> str:
 def speculation_line(row: Row) -> str:
     lines = []
     for arm, seconds in row["seconds_per_token"].items():
-        report = row["reports"].get(arm)
+        report, times = row["reports"].get(arm), row["times_plain"][arm]
         cells = ["", "", "", ""]
         if report:
-            aim = AIMS["speculation"] if report["accept_rate"] >= AIMS["acceptance"] else None
+            counts = report["accept_rate"] >= AIMS["acceptance"]
             cells = [f"{100 * report['accept_rate']:.0f} %", f"{report['tokens_per_round']:.2f}",
-                     "" if aim is None else verdict(row["times_plain"][arm], aim, True),
+                     verdict(times["ratio"], AIMS["speculation"], True) if counts else "",
                      f"{100 * row['same_tokens'][arm]:.0f} %"]  # fmt: skip
         lines.append(
-            f"| {row['models']} | {arm} | {1000 * seconds:.2f} | {row['times_plain'][arm]:.2f} | "
-            f"{row['times_large'][arm]:.2f} | {' | '.join(cells)} |"
+            f"| {row['models']} | {arm} | {1000 * seconds:.2f} | {spread(times)} | "
+            f"{row['times_large'][arm]['ratio']:.2f} | {' | '.join(cells)} |"
         )
     return "\n".join(lines)
 
@@ -356,11 +348,11 @@ LINES: dict[str, Callable[[Row], str]] = {
     "memory": memory_line,
 }  # fmt: skip
 HEADS = {
-    "single": ["models", "batch", "ours, tokens/s", "transformers", "times as fast", "of medians", "at least 1"],
-    "three": ["models", "batch", "tokens/s", "three / sum", "of medians", "1.10", "vocabulary", "combining", "5 %"],
+    "single": ["models", "batch", "ours, tokens/s", "transformers", "times as fast", "at least 1"],
+    "three": ["models", "batch", "tokens/s", "three / sum", "at most 1.10", "vocabulary", "combining", "at most 5 %"],
     "recompute": ["models", "new tokens", "cached, s", "recomputed, s", "times faster", "steps timed"],
-    "speculation": ["models", "arm", "ms a token", "times plain EFT", "times large alone", "kept", "tokens a round",
-                    "1.5", "same tokens"],
+    "speculation": ["models", "arm", "ms a token", "times plain", "times large alone", "drafts kept",
+                    "tokens a round", "1.5 if 70 % kept", "tokens as plain"],
     "memory": ["models", "prompts + new", "weights, MB", "caches, MB", "peak above the weights, MB", "largest tensor",
                "logits of all positions, MB"],
 }  # fmt: skip

@@ -43,18 +43,21 @@ TUNED: dict[str, Any] = {"steps": 30, "size": 8, "lr": 1e-4, "seed": 0}
 
 @dataclass
 class Case:
-    """Three models of one tokenizer, an ensemble of them, and prompts that it answers."""
+    """Three models of one tokenizer, an ensemble of them, which of them drafts, and prompts that it answers."""
 
     name: str
-    large: Ensemble
-    tuned: Ensemble
-    small: Ensemble
+    three: list[Ensemble]
     ensemble: Ensemble
+    draft: Ensemble
     prompts: list[Any]
 
     @property
-    def three(self) -> list[Ensemble]:
-        return [self.large, self.tuned, self.small]
+    def large(self) -> Ensemble:
+        return self.three[0]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}: {self.ensemble}"
 
 
 def case(name: str, *, ends: bool = False, drafts: bool = False, dtype: str = "bfloat16") -> Case:
@@ -63,23 +66,25 @@ def case(name: str, *, ends: bool = False, drafts: bool = False, dtype: str = "b
     Without `ends` no model has an end-of-sequence token: texts are as long as they may. Raises `SurgeryError` where
     models or data are missing.
     """
+    names = ("large", "tuned", "small") if name == TINY or drafts else ("base", "gsm8k", "svamp")
     if name == TINY:
         folders: list[Any] = ["tiny-base", "tiny-small-chain", "tiny-small-base"]
         prompts: list[Any] = [e.prompt for e in TASKS["chain"].examples(24, 7)]
         dtype = "float32"
     else:
         folders = [get("smollm2"), *((pair()[::-1]) if drafts else map(cached, FINE_TUNINGS))]
-        prompts = [[{"role": "user", "content": e.prompt}] for e in svamp("test", 40)] if drafts else []
+        prompts = [[{"role": "user", "content": e.prompt}] for e in svamp("test", 40)] if ends else []
     models = [load(folder, dtype) for folder in folders]
     tokenizer = models[0][1]
     if not ends:
         tokenizer.eos_token = None
-    large, tuned, small = (
-        member(endless(model) if not ends else model, tokenizer, name=Path(folder).name)
-        for (model, _), folder in zip(models, folders, strict=True)
-    )
-    weight = 1.0 if name == TINY or drafts else 0.5
-    return Case(name, large, tuned, small, large + weight * (tuned - small), prompts)
+    three = [
+        member(endless(model) if not ends else model, tokenizer, name=word)
+        for (model, _), word in zip(models, names, strict=True)
+    ]
+    large, tuned, small = three
+    equals = names[0] == "base"
+    return Case(name, three, large + (0.5 if equals else 1.0) * (tuned - small), large if equals else tuned, prompts)
 
 
 def endless(model: Any) -> Any:
