@@ -79,7 +79,9 @@ def test_sections_on_the_tiny_family(module, tmp_path, capsys):
     whole, some = logits.recompute(subject, 12, 1, None), logits.recompute(subject, 12, 1, 4)
     assert whole["timed_steps"] == 12 and some["timed_steps"] == 4
     assert whole["same_tokens"] == some["same_tokens"] == 1
-    spoken = logits.speculation(models.case(models.TINY, ends=True), 3, 36, 1)
+    talking = models.case(models.TINY, ends=True)
+    talking.prompts = talking.prompts[:3]
+    spoken = logits.speculation(talking, 36, 1)
     assert set(spoken["same_tokens"].values()) == {1.0} and spoken["draft"] == "tuned"
     assert spoken["times_plain"]["plain"]["ratio"] == spoken["times_large"]["large alone"]["ratio"] == 1
     report = spoken["reports"]["k = 3"]

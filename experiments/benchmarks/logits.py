@@ -11,7 +11,7 @@ for speculation also as the large model of a smaller pair cut out of it (`logits
 the process; arms in turn, so that a slow minute of the machine hits all; a ratio is the median of the rounds' ratios,
 with the least and the largest. But for speculation no token ends a text: all are equally long.
 
-* single: one member by `generate`, and `model.generate` of transformers, greedy, 24 tokens and 64 new ones
+* single: one member by `generate`, and `model.generate` of transformers, greedy, 24 tokens and 64 (48) new ones
 * three: three members, over the sum of each one's own decoding in the same round; the share of the time that combining
   log-probabilities takes
 * recompute: the same three read the whole prefix anew at every step, all rows of logits made, as released code does it;
@@ -189,9 +189,9 @@ def between(where: Sequence[int], steps: Sequence[float], new: int) -> float:
     return total
 
 
-def speculation(subject: Case, count: int, new: int, rounds: int) -> Row:
+def speculation(subject: Case, new: int, rounds: int) -> Row:
     """Speculation at batch 1 against plain decoding, the large model alone, and its reading rate."""
-    prompts, sampling = subject.prompts[:count], greedy(new)
+    prompts, sampling = subject.prompts, greedy(new)
     reports: dict[str, Any] = {}
     texts: dict[str, list[list[int]]] = {}
 
@@ -217,7 +217,7 @@ def speculation(subject: Case, count: int, new: int, rounds: int) -> Row:
     tokens = {arm: sum(map(len, ids)) for arm, ids in texts.items()} | {"floor": sum(map(len, texts["plain"]))}
     each = {arm: [value / tokens[arm] for value in seconds[arm]] for arm in arms}
     return {
-        "models": subject.label, "draft": str(subject.draft), "prompts": count, "new": new, "seconds": seconds,
+        "models": subject.label, "draft": str(subject.draft), "prompts": len(prompts), "new": new, "seconds": seconds,
         "tokens": tokens, "seconds_per_token": {arm: statistics.median(values) for arm, values in each.items()},
         "times_plain": {arm: ratio(each["plain"], each[arm]) for arm in arms},
         "times_large": {arm: ratio(each["large alone"], each[arm]) for arm in arms},
@@ -249,7 +249,7 @@ def agreement(one: Sequence[list[int]], other: Sequence[list[int]]) -> float:
 def plans(real: bool, fast: bool) -> dict[str, list[Callable[[Case], Row]]]:
     """By section, what is measured on a family."""
     rounds = 1 if fast else 3 if real else 7
-    new = 8 if fast else 64
+    new = 8 if fast else 48 if real else 64
     return {
         "single": [partial(single, rows=rows, new=new, rounds=rounds) for rows in (1, 8)],
         "three": [partial(three, rows=rows, new=24 if real else new, rounds=rounds) for rows in (1, 8)],
@@ -257,7 +257,7 @@ def plans(real: bool, fast: bool) -> dict[str, list[Callable[[Case], Row]]]:
             partial(recompute, new=length, rounds=1 if real else rounds, points=9 if real else None)
             for length in ((new,) if fast else (64, 256) if real else (64, 96))
         ],
-        "speculation": [partial(speculation, count=5 if real else 24, new=32, rounds=min(rounds, 2 if real else 5))],
+        "speculation": [partial(speculation, new=24 if real else 32, rounds=min(rounds, 2 if real else 5))],
         "memory": [lambda subject: memory(subject.name)],
     }
 
