@@ -6,8 +6,8 @@
 A module is tiny-small-base (163,072 parameters), trained by GRPO on the sum of its logits and a frozen backbone's,
 rewarded for the right answer; no KL, the loss averaged over all tokens, as in the released code. Strings that are
 rotated or have their ends swapped: the backbone in training is tiny-small-base too, 40 steps; the module is then
-attached to tiny-base (447,552) and to a larger base, trained here by the zoo's recipe with half of its second stage
-(128 wide, 6 layers, 1,193,216). Sums: 30 steps with tiny-base, attached to the larger one. 16 prompts x 8 rollouts.
+attached to tiny-base (447,552) and to a larger base, trained here by the zoo's recipe (128 wide, 6 layers, 1,193,216).
+Sums: 30 steps with tiny-base, attached to the larger one. 16 prompts x 8 rollouts.
 
 A module starts as a model, not as nothing: base and untrained module together are another model than the base. In the
 arm "subtracted" the initial module is taken out again, in training and afterwards (backbone + module - initial), so
@@ -26,6 +26,11 @@ backbone with the untrained module, for every task and backbone that training ha
 strings, both modules (weight 1 each) are above each alone, on both of these backbones; (4) on sums with tiny-base,
 UniR is no more than 0.05 below as many steps of GRPO on all of tiny-base (447,552 parameters, at the zoo's 1e-4); (5)
 two modules add better with the initial one subtracted: above plain UniR on the same set. For some only: in part.
+
+In a first run the larger base had half of the recipe's second stage; it reversed half of the strings only, no module
+brought sums out of it, and the verdict on transfer was "in part". Since then it has the whole recipe; nothing else was
+changed. How often a backbone's own samples are right (8 a question, temperature 1) is shown since: what there is to
+bring out.
 """
 
 from __future__ import annotations
@@ -42,11 +47,12 @@ from typing import Any
 import torch
 from arena import in_processes, mean_interval, rounded, write
 from build_zoo import LARGE, MEMBERS, Stage
-from logit_arena import KEPT, answered, bare, questions, trained
+from logit_arena import KEPT, answered, bare, longest, questions, trained
 from long_sums import difference, told
 from matplotlib.figure import Figure
 from tuning_contribution import above, told_of
 
+from analysis.evaluate import evaluate
 from analysis.plots import HATCHES, MARKERS
 from analysis.results import Result
 from surgery.logits import Ensemble, member, rules
@@ -60,13 +66,13 @@ SHOWN = {"rotate": "rotate", "swap": "swap", "chain": "sums"}
 ARMS = ("UniR", "subtracted")
 RATE, FULL_RATE = 3e-4, 1e-4
 SETTINGS = {"steps": {"rotate": 40, "swap": 40, "chain": 30}, "prompts": 16, "group": 8, "test": 192, "facts": 200,
-            "mix": 600}  # fmt: skip
+            "mix": 1200}  # fmt: skip
 FAST = {"steps": {"rotate": 2, "swap": 2, "chain": 2}, "prompts": 4, "group": 4, "test": 12, "facts": 1, "mix": 1}
 Scores = dict[str, Result]
 
 
 def larger_base(folder: Path, settings: Mapping[str, Any]) -> Path:
-    """A base of more than twice the parameters, by the zoo's recipe with fewer steps of the mix."""
+    """A base of more than twice the parameters, by the zoo's recipe."""
     from transformers import LlamaForCausalLM
 
     (small, tokenizer), shape = load(BASE), {"hidden_size": 128, "num_hidden_layers": 6, "intermediate_size": 344}
@@ -119,6 +125,11 @@ def untrained(larger: Path, settings: Mapping[str, Any]) -> dict[str, Scores]:
         backbone = plain if name == MODULE else member(*load(larger if name == LARGER else name))
         for label, one in ((name, backbone), (f"{name} + untrained", rules.unir(backbone, plain))):
             found[label] = {task: answered(one, tokenizer, some) for task, some in rows.items()}
+        found[name]["facts"] = answered(backbone, tokenizer, questions(["facts"], min(100, settings["test"])))
+        for task in ROUTES:
+            drawn = evaluate(backbone, rows[task], tokenizer=tokenizer, samples=8, max_new_tokens=longest([task]),
+                             batch_size=512)  # fmt: skip
+            found[name][f"{task}, sampled"] = Result.of(drawn.values.mean(1), drawn.labels)
     return found
 
 
@@ -182,6 +193,7 @@ def summarised(runs: Mapping[int, Mapping[str, Any]], start: Mapping[str, Scores
             one: dict[str, Any] = {"trained with": own, "seen in training": name == own}
             for label, key in (("alone", name), ("untrained", f"{name} + untrained")):
                 one[label] = {"task": float(start[key][task].mean), "skills": float(start[key]["skills"].mean)}
+            one["sampled"] = float(start[name][f"{task}, sampled"].mean)
             for arm in (*ARMS, "subtracted afterwards"):
                 key = f"{task}/{arm}/{name}"
                 one[arm] = {"task": mean(key, task), "skills": mean(key, "skills")}
@@ -249,14 +261,15 @@ def _mean_of(results: Sequence[Result]) -> dict[str, Any]:
 
 def markdown(summary: Mapping[str, Any]) -> str:
     """Modules on backbones, two modules at once, all parameters against a module's."""
-    heads = ["task, backbone", "trained with", "alone", "with the untrained module", "UniR", "over untrained",
-             "initial subtracted", "subtracted afterwards", "skills: alone, UniR, subtracted"]  # fmt: skip
+    heads = ["task, backbone", "trained with", "alone", "alone, sampled", "with the untrained module", "UniR",
+             "over untrained", "initial subtracted", "subtracted afterwards",
+             "skills: alone, UniR, subtracted"]  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name, one in summary["routes"].items():
         skills = f"{one['alone']['skills']:.2f}, " + ", ".join(f"{one[arm]['skills']['mean']:.2f}" for arm in ARMS)
-        cells = [name, one["trained with"], f"{one['alone']['task']:.2f}", f"{one['untrained']['task']:.2f}",
-                 told(one["UniR"]["task"]), told(one["over untrained"], sign="+"), told(one["subtracted"]["task"]),
-                 told(one["subtracted afterwards"]["task"]), skills]  # fmt: skip
+        plain = [f"{value:.2f}" for value in (one["alone"]["task"], one["sampled"], one["untrained"]["task"])]
+        cells = [name, one["trained with"], *plain, told(one["UniR"]["task"]), told(one["over untrained"], sign="+"),
+                 told(one["subtracted"]["task"]), told(one["subtracted afterwards"]["task"]), skills]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     heads = ["two modules on", *(f"{task} module alone" for task in STRINGS), "both",
              *(f"both, on {task}" for task in STRINGS), *(f"both - {task}" for task in STRINGS), "skills"]  # fmt: skip
@@ -292,7 +305,7 @@ def picture(summary: Mapping[str, Any]) -> Figure:
     for j, (key, (label, colour, hatch)) in enumerate(shown.items()):
         for i, one in enumerate(routes.values()):
             _bar(middle, i + (j - 1.5) * 0.2, one[key]["task"], 0.2, colour, hatch, None if i else label)
-    middle.set_xticks(range(len(routes)), [name.replace(", ", "\n") for name in routes])
+    middle.set_xticks(range(len(routes)), [_short(name) for name in routes], fontsize="small")
     middle.set(ylabel="accuracy", ylim=(0, 1.45), title="on backbones that training had not")
     middle.set_yticks([0, 0.25, 0.5, 0.75, 1])
     middle.legend(frameon=False, fontsize="small", loc="upper center", ncols=2)
@@ -301,12 +314,16 @@ def picture(summary: Mapping[str, Any]) -> Figure:
     for j, (key, (label, colour, hatch)) in enumerate(shown.items()):
         for i, one in enumerate(summary["joint"].values()):
             _bar(right, i + (j - 1) * 0.27, one[key], 0.27, colour, hatch, None if i else label)
-    right.set_xticks(range(len(summary["joint"])), [n.replace(", ", "\n") for n in summary["joint"]], fontsize="small")
+    right.set_xticks(range(len(summary["joint"])), [_short(n) for n in summary["joint"]], fontsize="small")
     right.set(ylim=(0, 1.45), title="both tasks on strings")
     right.set_yticks([0, 0.25, 0.5, 0.75, 1])
     right.legend(frameon=False, fontsize="small", loc="upper center", ncols=2)
     bare(left, middle, right)
     return figure
+
+
+def _short(name: str) -> str:
+    return name.replace("tiny-base", "base").replace(LARGER, "larger").replace(", ", "\n")
 
 
 def _bar(axis: Any, at: float, found: Any, width: float, colour: str, hatch: str, label: str | None) -> None:

@@ -370,7 +370,7 @@ def picture(summary: Mapping[str, Any]) -> Figure:
     filters.plot(*none, "k-o", lw=1.2, markersize=4, label="no filter, by beta")
     for beta, x, y in zip(summary["grid"], *none, strict=True):
         if beta >= 1:
-            filters.annotate(f"{beta:g}", (x, y), xytext=(-4, -11), textcoords="offset points", fontsize="small")
+            filters.annotate(f"{beta:g}", (x, y), xytext=(6, -4), textcoords="offset points", fontsize="small")
     for i, name in enumerate(FILTERS):
         points = [one for key, one in summary["filters"].items() if key.startswith(f"{name}, ")]
         x, y = ([p[k]["mean"] for p in points] for k in ("target", "skills"))

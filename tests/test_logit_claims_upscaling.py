@@ -113,7 +113,7 @@ def test_the_three_spaces_meet_at_the_tuned_model_and_part_elsewhere(experiment)
     tuned, _ = load("tiny-chain")
     pair, prompts = Pair(base, tuned, tokenizer), [[1, 17, 5, 13, 6, 15], [1, 17, 9, 13, 3, 14, 4, 15]]
     before = [copy.deepcopy(model.state_dict()) for model in (base, tuned)]
-    ask = {space: {a: experiment.divergences(pair, space, a, prompts, 0) for a in (0.0, 0.5, 1.0)}
+    ask = {space: {a: experiment.divergences(pair, space, a, prompts, 0, 36) for a in (0.0, 0.5, 1.0)}
            for space in experiment.SPACES}  # fmt: skip
     for found in ask.values():
         assert found[1.0]["KL from tuned"] == pytest.approx(0, abs=1e-4)
