@@ -13,7 +13,11 @@ from torch import Tensor
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
+
+
+HEAD = 1024
+"""Tokens of a vocabulary among which a nucleus is looked for first: sorting 150 000 costs more than a small model."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +92,32 @@ def truncate(probs: Float[Tensor, "row vocab"], sampling: Sampling) -> Float[Ten
     if 0 < sampling.top_k < probs.shape[1]:
         probs = probs.where(probs >= probs.topk(sampling.top_k).values[:, -1:], 0.0)
     if sampling.top_p < 1:
-        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered
-        ordered = ordered.where(before < sampling.top_p * ordered.sum(-1, keepdim=True), 0.0)
-        probs = torch.zeros_like(probs).scatter(1, order, ordered)
+        probs = probs.where(nucleus(probs, sampling.top_p * probs.sum(-1, keepdim=True)), 0.0)
     if sampling.min_p > 0:
         probs = probs.where(probs >= sampling.min_p * probs.amax(-1, keepdim=True), 0.0)
     return probs
+
+
+def nucleus(probs: Float[Tensor, "*row vocab"], mass: Float[Tensor, "*row 1"]) -> Bool[Tensor, "*row vocab"]:
+    """The likeliest tokens, as few as hold `mass` together (Holtzman et al. 2020, arXiv:1904.09751); NaN: none.
+
+    Of equally likely ones the first come first. A whole vocabulary is sorted only of rows whose `HEAD` don't hold it.
+    """
+    best = probs.topk(min(HEAD, probs.shape[-1])).values
+    count, least, held = _needed(best, mass)
+    flat = (held < mass).squeeze(-1)
+    if best.shape[-1] < probs.shape[-1] and bool(flat.any()):
+        count[flat], least[flat], _ = _needed(probs[flat].sort(dim=-1, descending=True).values, mass[flat])
+    kept = probs >= least
+    if bool((kept.sum(-1, keepdim=True) <= count).all()):  # none as likely as the last one is too many
+        return kept
+    above, ties = probs > least, probs == least
+    return above | (ties & (ties.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+
+
+def _needed(ordered: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(*row, 1) each: how many of the likeliest (*row, rank) hold `mass`, the last one's probability, and what all
+    hold."""
+    cumulative = ordered.cumsum(-1)
+    count = (cumulative - ordered < mass).sum(-1, keepdim=True).clamp_(min=1)
+    return count, ordered.gather(-1, count - 1), cumulative[..., -1:]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from surgery.decoding import sampling
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 FLOOR = -50.0
 """Nats. e^-50 is far below what a float32 softmax resolves."""
-HEAD = 1024
-"""Tokens of a vocabulary among which a nucleus is looked for first: sorting 150 000 costs more than a small model."""
 Missing = Literal["mask", "zero_reward"]
 """What becomes of a token that some member does not know: forbidden, or scored by the base alone."""
 Mode = Literal["mask", "zero_reward"]
@@ -71,20 +70,11 @@ def plausible(log_probs: Float[Tensor, "*row vocab"], alpha: float) -> Bool[Tens
 
 
 def nucleus(log_probs: Float[Tensor, "*row vocab"], p: float) -> Bool[Tensor, "*row vocab"]:
-    """The likeliest tokens, as few as hold probability `p` together (Holtzman et al. 2020, arXiv:1904.09751).
-
-    Of equally likely ones the first come first. A whole vocabulary is sorted only where its `HEAD` don't hold `p`.
-    """
+    """The likeliest tokens, as few as hold probability `p` together; of equally likely ones the first."""
     if p >= 1:
         return torch.ones_like(log_probs, dtype=torch.bool)
     probs = log_probs.softmax(-1)
-    best = probs.topk(min(HEAD, probs.shape[-1])).values
-    if bool((best.cumsum(-1)[..., -1] < p).any()):
-        best = probs.sort(dim=-1, descending=True).values
-    count = (best.cumsum(-1) - best < p).sum(-1, keepdim=True).clamp(min=1)
-    least = best.gather(-1, count - 1)
-    above, ties = probs > least, probs == least
-    return above | (ties & (ties.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+    return sampling.nucleus(probs, torch.full_like(probs[..., :1], p))
 
 
 def top_k(log_probs: Float[Tensor, "*row vocab"], k: int) -> Bool[Tensor, "*row vocab"]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery.decoding import LocalGenerator, Sampling, draw, truncate, uniforms
-from surgery.decoding.sampling import _mix
+from surgery.decoding.sampling import HEAD, _mix
 from surgery.errors import SurgeryError
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [20], [5, 6, 7]]
@@ -321,6 +321,31 @@ def test_truncation_is_that_of_transformers(seed, size, temperature, top_k, top_
     for extreme in (0.0, 1 - 2**-24):  # what is drawn was not cut, at the ends of the interval either
         tokens, _ = draw(logits * temperature, torch.full((5,), extreme), sampling)
         assert (probs.gather(1, tokens[:, None]) > 0).all()
+
+
+@pytest.mark.parametrize("size", [7, HEAD, 3 * HEAD])
+@pytest.mark.parametrize("top_k", [0, 5, 2 * HEAD])
+def test_top_p_is_that_of_a_whole_sort(size, top_k):
+    """With ties (as bfloat16 has them), flat rows beside peaked ones, rows of equals, and each row as it is alone."""
+    generator = torch.Generator().manual_seed(size + top_k)
+    rows = [scale * torch.randn(size, generator=generator) for scale in (0, 0.01, 1, 3, 10)]
+    probs = torch.stack([*(row.bfloat16().float() for row in rows), *rows]).softmax(-1)
+    left = truncate(probs, Sampling(top_k=top_k))
+    for top_p in (1e-6, 0.1, 0.5, 0.9, 0.999, 1 - 1e-9):
+        ordered, order = left.sort(dim=-1, descending=True, stable=True)
+        whole = ordered.cumsum(-1) - ordered < top_p * left.sum(-1, keepdim=True)
+        expected = torch.zeros_like(left).scatter(1, order, ordered.where(whole, 0.0))
+        sampling = Sampling(top_k=top_k, top_p=top_p)
+        assert torch.equal(truncate(probs, sampling), expected)
+        assert torch.equal(torch.cat([truncate(row[None], sampling) for row in probs]), expected)
+
+
+def test_only_rows_that_are_flat_are_sorted_whole(monkeypatch):
+    size, sizes = 3 * HEAD, []
+    probs = torch.stack([torch.zeros(size), torch.arange(size).float()]).softmax(-1)
+    sort = torch.Tensor.sort
+    monkeypatch.setattr(torch.Tensor, "sort", lambda self, *a, **k: sizes.append(self.shape) or sort(self, *a, **k))
+    assert (truncate(probs, Sampling(top_p=0.5)) > 0).sum(1).tolist() == [size // 2, 1] and sizes == [(1, size)]
 
 
 def test_logits_that_are_not_finite_crash_nothing():

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from surgery.decoding.sampling import HEAD
 from surgery.errors import SurgeryError
-from surgery.logits.combine import FLOOR, HEAD, Filter, combine, normalised, nucleus, plausible, top_k
+from surgery.logits.combine import FLOOR, Filter, combine, normalised, nucleus, plausible, top_k
 
 INF = float("inf")
 
