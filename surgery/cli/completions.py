@@ -29,6 +29,8 @@ class Told:
     rows: list[dict[str, Any]] = field(default_factory=list)
     stopped: bool = False
     """Ctrl-C came before all were whole."""
+    error: Exception | None = None
+    """What came before all were whole; it is raised when what there is has been told."""
     report: Any = None
     """Of speculation."""
     streamed: bool = False
@@ -39,19 +41,32 @@ class Told:
     def add(self, found: Sequence[Generation]) -> None:
         """Completions in the order of the prompts, groups contiguous; those that were never begun are left out."""
         self.report = getattr(found, "report", None)
-        for i, one in enumerate(found):
-            self.stopped |= one.ended == "interrupted"
-            if one.completion_ids:
-                self._row(i // self.n, i % self.n, one.text, one.ended, one.completion_ids, one.log_probs, one.members)
+        for place, one in enumerate(found):
+            self._add(place, one)
+
+    def _add(self, place: int, one: Generation) -> None:
+        self.stopped |= one.ended == "interrupted"
+        if one.completion_ids:
+            prompt, sample = divmod(place, self.n)
+            self._row(prompt, sample, one.text, one.ended, one.completion_ids, one.log_probs, one.members)
+
+    def failed(self, error: Exception, done: dict[int, Generation]) -> None:
+        """Keeps what was done before an error, by place. Raises the error at once where that is nothing."""
+        for place in sorted(done):
+            self._add(place, done[place])
+        if not self.rows:
+            raise error
+        self.error = error
 
     def stream(self, said: Sequence[Any], how: dict[str, Any]) -> None:
-        """Prints tokens as they come, prompt after prompt; stopped by Ctrl-C it keeps what came."""
+        """Prints tokens as they come, prompt after prompt; stopped by Ctrl-C or an error it keeps what came."""
         from surgery.logits import stream
 
         self.streamed = True
         shown = not (frame.STATE.json or frame.STATE.quiet)
         for i, prompt in enumerate(said):
             pieces: list[Any] = []
+            error: Exception | None = None
             if shown and len(said) > 1:
                 print(header(self.prompts[i]))
             try:
@@ -61,13 +76,17 @@ class Told:
                         print(piece.text, end="", flush=True)
             except KeyboardInterrupt:
                 self.stopped = True
+            except Exception as wrong:
+                error = wrong
             if shown:
                 print()
             if pieces:
                 members = {name: [piece.members[name] for piece in pieces] for name in pieces[0].members}
                 self._row(i, 0, "".join(piece.text for piece in pieces), pieces[-1].ended or "interrupted",
                           [piece.token for piece in pieces], [piece.log_prob for piece in pieces], members)  # fmt: skip
-            if self.stopped:
+            if error is not None:
+                self.failed(error, {})
+            if self.stopped or error is not None:
                 return
 
     def _row(
@@ -87,7 +106,7 @@ class Told:
 
     @property
     def whole(self) -> int:
-        """Completions that were not cut short by Ctrl-C."""
+        """Completions that were not cut short, by Ctrl-C or an error."""
         return sum(row["ended"] != "interrupted" for row in self.rows)
 
     def tell(self, told: dict[str, Any], out: Path | None) -> None:

@@ -95,7 +95,7 @@ def generate(
 ) -> None:
     """Complete prompts with a model, or with a formula of several that read the same response in lock step.
 
-    Ctrl-C leaves what is there, its scores included.
+    Ctrl-C or an error in a later completion leaves what is there, its scores included.
 
     \b
     Examples:
@@ -138,17 +138,25 @@ def generate(
             told.stream(said, how)
         else:
             with frame.progress("Writing") as advance:
-                how |= {"members": scores, "progress": advance}
-                if speculate is not None:
-                    told.add(logits.speculate(ensemble, said, draft=members[speculate], **how))
-                else:
-                    told.add(logits.generate(ensemble, said, group=n, beams=beams, **how))
+                done: dict[int, Any] = {}
+                how |= {"members": scores, "progress": advance, "each": done.__setitem__}
+                try:
+                    if speculate is not None:
+                        told.add(logits.speculate(ensemble, said, draft=members[speculate], **how))
+                    else:
+                        told.add(logits.generate(ensemble, said, group=n, beams=beams, **how))
+                except Exception as error:
+                    told.failed(error, done)
     if out is not None:
         told.write(out)
     told.tell({"model" if asked.single else "expr": asked.text, "models": asked.models, "seed": seed}, out)
+    whole = f"{told.whole} of {frame.count(len(texts) * n, 'completion')} were whole."
+    if told.error is not None:  # what there is has been told and written
+        frame.note(whole)
+        raise told.error
     if told.stopped:
-        frame.STATE.on_stop = f"{told.whole} of {frame.count(len(texts) * n, 'completion')} were whole."
-        raise KeyboardInterrupt  # what there is has been told and written
+        frame.STATE.on_stop = whole
+        raise KeyboardInterrupt
 
 
 # ---- what is asked, and where it goes ------------------------------------------------------------------------------

@@ -95,7 +95,10 @@ class LocalGenerator:
         return [done[row] for row in range(len(prompts) * group)]
 
     def draw(self, prompts: Sequence[Any], group: int, seeds: Sequence[int]) -> Iterator[tuple[int, Rollout]]:
-        """The same as (place, rollout) pairs, in the order in which they end."""
+        """The same as (place, rollout) pairs, in the order in which they end.
+
+        What is wrong with one row is raised when the other rows of its batch have ended.
+        """
         rows = [self._readable(i, prompt) for i, prompt in enumerate(prompts)]
         if self.beams is not None:
             with undisturbed(*self._models):
@@ -114,9 +117,17 @@ class LocalGenerator:
                         begun = logits[index], state.select(index)
                     noises = noise[drawn].to(self._device)
                     stopped, watch = self._stopped if self._stop else None, self._watch(drawn)
+                    failed: SurgeryError | None = None
                     for row, ended in decode(self.decoder, *begun, noises, self.sampling, self._ends, stopped, watch):
                         prompt = drawn[row] // group
-                        yield drawn[row], self._rollout(drawn[row], prompt, rows[prompt], *ended)
+                        try:
+                            made = self._rollout(drawn[row], prompt, rows[prompt], *ended)
+                        except SurgeryError as error:  # told when the others of this batch have ended
+                            failed = failed or error
+                        else:
+                            yield drawn[row], made
+                    if failed is not None:
+                        raise failed
 
     def _search(
         self, rows: Sequence[Any], group: int, seeds: Sequence[int], beams: Beams

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 GREEDY = Sampling(256, temperature=0.0, batch_size=32)
 Progress = Callable[[int, int], None]
 """Called with (rows done, rows in all)."""
+Each = Callable[[int, "Generation"], None]
+"""Called with (place, completion) as soon as it has ended: what is done survives an error in a later one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ def generate(
     members: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress | None = None,
+    each: Each | None = None,
 ) -> list[Generation]:
     """`group` completions of each prompt, groups contiguous.
 
@@ -79,7 +82,8 @@ def generate(
     its vocabulary after its filter and before truncation; with `members` also each member's own, at temperature 1. With
     `beams` (how many, or a `surgery.decoding.Beams` with a length penalty) a prompt's group are the best of them, best
     first; at a temperature above 0 they are drawn. Ctrl-C ends it early: what is there is returned, `ended`
-    "interrupted". `tokenizer` is for a model that is no ensemble and no name.
+    "interrupted"; an error leaves what `each` was given, which may be a dict's `__setitem__`. `tokenizer` is for a
+    model that is no ensemble and no name.
 
     Raises `SurgeryError` for prompts that don't fit into a member's context, naming it, and for scores that are not
     finite.
@@ -101,11 +105,16 @@ def generate(
     done: dict[int, Generation] = {}
     if not isinstance(run, LocalGenerator):  # one that draws by itself, of token ids
         done = {i: _told(one) for i, one in enumerate(run(_ids(prompts, tokenizer), group, seeds))}
+        if each is not None:
+            for row, found in done.items():
+                each(row, found)
     else:
         prompts = list(prompts) if isinstance(run, Composed) else _ids(prompts, tokenizer)
         try:
             for row, one in run.draw(prompts, group, seeds):
                 done[row] = one if isinstance(one, Generation) else _told(one)
+                if each is not None:
+                    each(row, done[row])
                 if progress is not None:
                     progress(len(done), len(prompts) * group)
         except KeyboardInterrupt:

@@ -26,7 +26,7 @@ from torch import Tensor
 from surgery.decoding import CausalState, Sampling, truncate, undisturbed, uniforms
 from surgery.errors import SurgeryError
 from surgery.logits.ensemble import Ensemble
-from surgery.logits.generate import GREEDY, Composed, Generation, Progress
+from surgery.logits.generate import GREEDY, Composed, Each, Generation, Progress
 from surgery.logits.lockstep import Encoded, EnsembleState, Reader, readers_of
 from surgery.logits.members import Member, Prompt
 
@@ -114,6 +114,7 @@ def speculate(
     adaptive: bool = True,
     members: bool = False,
     progress: Progress | None = None,
+    each: Each | None = None,
 ) -> Speculation:
     """One completion of each prompt as `generate` has it, drafted by `draft` (one member), judged by the ensemble.
 
@@ -135,6 +136,8 @@ def speculate(
                 found.append(run.complete(i, row, (seed << 32) + i))
                 if found[-1].ended == "interrupted":
                     break
+                if each is not None:
+                    each(i, found[-1])
                 if progress is not None:
                     progress(i + 1, len(rows))
     except KeyboardInterrupt:

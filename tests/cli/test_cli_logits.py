@@ -7,7 +7,9 @@ import torch
 
 from surgery.activations.scaling import scaled
 from surgery.cli import main
+from surgery.errors import SurgeryError
 from surgery.logits import Ensemble, generate, member
+from surgery.logits.generate import Composed
 from surgery.models import Pair
 from tests.cli.refusal import refused
 
@@ -178,6 +180,69 @@ def test_ctrl_c_leaves_what_is_there(streamed, capsys, tmp_path, monkeypatch):
     )
     assert len(row["log_probs"]) == len(row["members"]["small"]) == row["tokens"]
     assert row["text"] in captured.out and "Stopped.\n0 of 2 completions were whole." in captured.err
+
+
+@pytest.mark.parametrize(
+    "how", ["--batch-size 1", "--batch-size 8", "--stream", "--speculate tuned", "--beams 2 --batch-size 2"]
+)
+@pytest.mark.parametrize("kind", [SurgeryError, RuntimeError])
+def test_an_error_leaves_what_was_done(how, kind, capsys, tmp_path, monkeypatch):
+    """The second of two prompts fails: the first is told and kept, then the error."""
+    words, out = ["generate", *EFT, "--scores", *how.split()], tmp_path / "said.jsonl"
+    whole = told(capsys, *words, "-p", CHAIN)["completions"][0]
+    rollout = Composed._rollout
+
+    def failing(self, row, index, *given):
+        if index == 1:
+            raise kind("Prompt 1 is the end of it.")
+        return rollout(self, row, index, *given)
+
+    stream = Composed.stream
+    monkeypatch.setattr(Composed, "_rollout", failing)
+    monkeypatch.setattr(
+        Composed,
+        "stream",
+        lambda self, prompt, *more: failing(self, 0, 1) if prompt == "c" else stream(self, prompt, *more),
+    )
+    # The longer prompt comes first, whose batch is the second one's too where there is room.
+    code = main([*words, "-p", CHAIN, "-p", "c", "--out", str(out), "--force"])
+    captured = capsys.readouterr()
+    if kind is RuntimeError and "8" in how:  # no fault of one row: the whole batch is gone
+        assert code == 1 and not out.exists() and "surgery: RuntimeError: Prompt 1" in captured.err
+        return
+    assert code == (2 if kind is SurgeryError else 1) and "Prompt 1 is the end of it." in captured.err
+    (row,) = map(json.loads, out.read_text().splitlines())
+    assert (row["text"], row["token_ids"], row["ended"]) == (whole["text"], whole["token_ids"], whole["ended"])
+    assert row["text"] in captured.out and "note: 1 of 2 completions were whole." in captured.err
+    assert captured.err.index("note: 1 of 2") < captured.err.index("Prompt 1 is")
+
+
+def test_an_error_before_all_leaves_nothing(capsys, tmp_path, monkeypatch):
+    def failing(self, *given):
+        raise SurgeryError("Nothing goes.")
+
+    monkeypatch.setattr(Composed, "_rollout", failing)
+    out = tmp_path / "said.jsonl"
+    assert main(["generate", *EFT, "-p", CHAIN, "--out", str(out)]) == 2
+    captured = capsys.readouterr()
+    assert not captured.out and not out.exists() and "surgery: Nothing goes." in captured.err
+
+
+def test_a_stream_that_fails_keeps_what_came(capsys, tmp_path, monkeypatch):
+    out, calls, read = tmp_path / "said.jsonl", [], Ensemble.read
+
+    def failing(self, *given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise SurgeryError("No more.")
+        return read(self, *given)
+
+    monkeypatch.setattr(Ensemble, "read", failing)
+    assert main(["generate", *EFT, "-p", CHAIN, "-p", "c", "--stream", "--out", str(out)]) == 2
+    (row,) = map(json.loads, out.read_text().splitlines())
+    captured = capsys.readouterr()
+    assert row["tokens"] == 3 and row["ended"] == "interrupted" and row["text"] in captured.out
+    assert "0 of 2 completions were whole.\nsurgery: No more." in captured.err
 
 
 def test_chat_templates_by_model(capsys, tmp_path):

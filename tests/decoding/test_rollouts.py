@@ -245,6 +245,25 @@ def say(tokenizer, texts, **sampling):
     return generator([[i] for i in range(len(texts))], 1, [0] * len(texts))
 
 
+def test_a_row_that_fails_leaves_the_others_of_its_batch(byte_tokenizer):
+    """Row 1 is no number: rows that end before it and behind it are drawn before it is told; the next batch is not."""
+
+    class Broken(Script):
+        def _say(self, rows, at):
+            return super()._say(rows, at).masked_fill((rows == 1)[:, None], torch.nan)
+
+    end = byte_tokenizer.convert_tokens_to_ids("<end>")
+    decoder = Broken([[5, end], [5], [5, 6, 7, 8, end], [5, end]], len(byte_tokenizer))
+    draws = LocalGenerator(decoder, byte_tokenizer, Sampling(6, stop=("<end>",), batch_size=3)).draw(
+        [[0], [1], [2], [3]], 1, range(4)
+    )
+    with pytest.raises(SurgeryError, match="prompt 1 are not finite at completion token 0"):
+        found = {}
+        for row, one in draws:
+            found[row] = one.completion_ids
+    assert found == {0: [5, end], 2: [5, 6, 7, 8, end]}
+
+
 def test_stop_strings_cut_the_text_and_keep_the_tokens_that_completed_them(byte_tokenizer):
     texts = ["no\n\nmore", "ab€€cd", "x<turn>\n<turn>\nyes", "€" * 13, "one<end>", "\n\n", "a<turn>b"]
     found = say(byte_tokenizer, texts, stop=("\n\n", "€€", "<turn>!"))
