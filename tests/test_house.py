@@ -12,7 +12,8 @@ FLOORS = [
     {"surgery", "surgery.errors", "surgery.registry", "surgery.formula", "surgery.checkpoint", "surgery.anatomy"},
     {"surgery.models", "surgery.zoo", "surgery.tasks", "surgery.interop", "surgery.decoding"},
     {"surgery.weights", "surgery.activations", "surgery.logits"},
-    {"surgery.training", "surgery.tuning", "surgery.sae"},
+    {"surgery.tuning"},
+    {"surgery.training", "surgery.sae"},
     {"analysis"},
     {"surgery.cli"},
 ]
