@@ -3,6 +3,7 @@
 | file | holds |
 |---|---|
 | causal.py | `Decoder`, what decoding needs of a policy; `CausalDecoder`, that for a `transformers` model |
+| adapter.py | `speaking`: which PEFT adapter a forward pass goes through |
 | cache.py, head.py | its key-value cache with room to grow; the seam between hidden states and logits |
 | sampling.py | `Sampling`, `draw`: temperature, truncation, noise by place |
 | loop.py | `decode`: the loop; rows leave when they end |

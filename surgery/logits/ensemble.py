@@ -6,7 +6,7 @@
     generate(ensemble, ["How tall is it?"])         # or wherever a `Decoder` is taken: evaluation, beams, search
 
 Equal members meet, so that `base + (tuned - base)` is `tuned` and runs one model. Members of one model share its
-weights and its forward pass.
+weights and, but for different adapters, its forward pass.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from surgery.decoding.adapter import Adapter
 from surgery.errors import SurgeryError
 from surgery.logits.combine import Filter, Missing, Mode, combine, normalised
 from surgery.logits.lockstep import Encoded, EnsembleState, Reader, readers_of
@@ -40,6 +41,7 @@ def member(
     layer: int | Sequence[int] | None = None,
     token_map: dict[Any, Any] | None = None,
     foreign: bool = False,
+    adapter: Adapter = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
 ) -> Ensemble:
@@ -50,9 +52,10 @@ def member(
     member's own) are read. One model may be several members: asked otherwise, or by a logit lens. `layer` is that of
     the lens: the index of a block whose stream goes through norm and head, or several of which the one farthest from
     the last speaks. `token_map` is {token of the base: token here} where strings alone don't tell; a `foreign` member
-    has a tokenizer that splits text otherwise (experimental, and slow: see `foreign.py`). `name` is how sums and
-    results call it. `dtype` and `device` are for loading. Raises `SurgeryError` for what is no model, and as loading
-    does.
+    has a tokenizer that splits text otherwise (experimental, and slow: see `foreign.py`). `adapter` is the name of that
+    PEFT adapter of the model which speaks here, or False for none of them, the base; by default those that are active
+    when it is asked. `name` is how sums and results call it. `dtype` and `device` are for loading. Raises
+    `SurgeryError` for what is no model, for an adapter that it has not, and as loading does.
     """
     from surgery.interop import unwrap
     from surgery.models import load
@@ -65,8 +68,9 @@ def member(
         model = unwrap(model)
     label = name or getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
     label = Path(label).name if Path(label).is_absolute() else label
+    label += f"+{adapter}" if adapter and name is None else ""
     layers: Any = tuple(layer) if isinstance(layer, Iterable) else layer
-    one = Member(model, tokenizer, prompt, label, layers, token_map or {}, foreign)
+    one = Member(model, tokenizer, prompt, label, layers, token_map or {}, foreign, adapter)
     return Ensemble([(one, 1.0)])
 
 
@@ -227,7 +231,7 @@ class Ensemble:
 
     @property
     def readers(self) -> list[Reader]:
-        """One a model; made when first needed, which compares vocabularies and tries the models out."""
+        """One a model (and adapter); made when first needed, which compares vocabularies and tries the models out."""
         return self._made.readers
 
     @cached_property

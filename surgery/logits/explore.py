@@ -217,7 +217,7 @@ def _learner(
         own = reader.map.feed(torch.tensor(ids)).tolist()
         row = torch.tensor([[*begin, *own]], device=device)
         optimizer.zero_grad(set_to_none=True)
-        with torch.enable_grad():
+        with torch.enable_grad(), reader.members[0].speaking():
             logits: Tensor = model(input_ids=row, use_cache=False).logits[0, len(begin) - 1 : -1]
             loss = nn.functional.cross_entropy(reader.values(logits), torch.tensor(ids, device=device))
             loss.backward()

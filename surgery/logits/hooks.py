@@ -83,10 +83,10 @@ class EnsembleLogitsProcessor:
     def __init__(self, ensemble: Ensemble, model: nn.Module, mask: Int[Tensor, "row pos"] | None = None) -> None:
         _check_base(ensemble, model)
         base = ensemble.base
-        if base.layer is not None or base.prompt not in ("given", "plain"):
+        if base.layer is not None or base.adapter is not None or base.prompt not in ("given", "plain"):
             raise SurgeryError(
                 f"The base '{base.name}' does not say what its model says of these token ids: it has a prompt of its "
-                "own, or speaks from an earlier layer.",
+                "own, or speaks from an earlier layer or with a named adapter.",
                 hint="A base with the prompt 'given', or custom_generate=as_generate(ensemble).",
             )
         self.ensemble, self._mask = ensemble, mask

@@ -61,7 +61,7 @@ class EnsembleState:
 
 
 class Reader:
-    """One model and the members that are read of it. `index` says where each stands in the ensemble."""
+    """One model (with one of its adapters) and the members that are read of it; `index`: their places among all."""
 
     def __init__(self, members: Sequence[Member], index: Sequence[int], whole: bool) -> None:
         self.members, self.index = list(members), list(index)
@@ -115,9 +115,9 @@ class Reader:
         device = next(self.members[0].model.parameters()).device
         ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in flat], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in flat], device=device)
-        with self._seen(1) as seen:
+        with self.members[0].speaking(), self._seen(1) as seen:
             logits, state = self.decoder.prefill(ids, mask)
-        return self._told(logits[:, None], seen), state
+            return self._told(logits[:, None], seen), state
 
     def read(self, tokens: Tensor, state: CausalState) -> list[Tensor]:
         """Reads (row, pos) tokens of the reference vocabulary; by member (row, pos, vocab) of its own logits."""
@@ -125,9 +125,9 @@ class Reader:
         ids = ids.to(state.positions.device)
         if len(self.styles) > 1:
             ids = ids.repeat(len(self.styles), 1)
-        with self._seen(tokens.shape[1]) as seen:
+        with self.members[0].speaking(), self._seen(tokens.shape[1]) as seen:
             logits = self.decoder.read(ids, state)
-        return self._told(logits, seen)
+            return self._told(logits, seen)
 
     @contextmanager
     def _seen(self, keep: int) -> Iterator[dict[int, Tensor]]:
@@ -199,10 +199,10 @@ def premature(last: Tensor, candidates: Sequence[Tensor]) -> Tensor:
 
 
 def readers_of(members: Sequence[Member], base: int, whole: bool) -> tuple[list[Reader], int]:
-    """One reader a model, and the size of the common vocabulary, which is that of the base."""
-    groups: dict[int, list[int]] = {}
+    """One reader a model and adapter, and the size of the common vocabulary, which is that of the base."""
+    groups: dict[Any, list[int]] = {}
     for at, member in enumerate(members):
-        groups.setdefault(id(member.model), []).append(at)
+        groups.setdefault(member.voice, []).append(at)
     readers = [Reader([members[i] for i in index], index, whole) for index in groups.values()]
     main = next(reader for reader in readers if base in reader.index)
     reference, height = members[base].tokenizer, main.rows_of_weights
@@ -219,7 +219,10 @@ def readers_of(members: Sequence[Member], base: int, whole: bool) -> tuple[list[
             continue
         if reader is main or one.tokenizer is None or reference is None:
             raise SurgeryError(f"The foreign member {own} follows a base, and both need tokenizers.")
-        reader.decoder = ForeignDecoder(one.model, one.tokenizer, reference, height, name=own, reference_name=main_name)
+        with one.speaking():
+            reader.decoder = ForeignDecoder(
+                one.model, one.tokenizer, reference, height, name=own, reference_name=main_name
+            )
         maps.append(reader.decoder.map)
     for reader, found in zip(readers, maps, strict=True):
         reader.map = found.to(next(reader.members[0].model.parameters()).device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from surgery.decoding import CausalDecoder
+from surgery.decoding.adapter import Adapter, check_adapter, speaking
 from surgery.decoding.head import unwrapped
 from surgery.errors import SurgeryError
 from surgery.models import encoded_prompts
@@ -39,6 +41,8 @@ class Member:
     """Reference token -> own token, where strings alone don't tell."""
     foreign: bool = False
     """Its tokenizer splits text otherwise than the base's: it follows the text (see `foreign`, experimental)."""
+    adapter: Adapter = None
+    """Of a model with PEFT adapters: which one it speaks with."""
     decoders: dict[bool, CausalDecoder] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -51,6 +55,7 @@ class Member:
         if self.tokenizer is not None and not hasattr(self.tokenizer, "get_vocab"):
             raise SurgeryError(f"The tokenizer of '{self.name}' is a {type(self.tokenizer).__name__}.",
                                hint="surgery.models.load gives (model, tokenizer).")  # fmt: skip
+        check_adapter(self.model, self.adapter, self.name)
         if not isinstance(self.token_map, Mapping):
             raise SurgeryError(f"token_map of '{self.name}' is a {type(self.token_map).__name__}: expected "
                                "{token of the base: token of the member}.")  # fmt: skip
@@ -58,7 +63,16 @@ class Member:
     @property
     def key(self) -> tuple[Any, ...]:
         """Members with equal keys say the same: they share a term."""
-        return id(self.model), self.prompt, self.layer
+        return *self.voice, self.prompt, self.layer
+
+    @property
+    def voice(self) -> tuple[Any, ...]:
+        """Members with equal voices share forward passes."""
+        return id(self.model), self.adapter
+
+    def speaking(self) -> AbstractContextManager[None]:
+        """Inside, the model speaks with this member's adapter."""
+        return speaking(self.model, self.adapter)
 
     def decoder(self, *, whole: bool = False) -> CausalDecoder:
         """What decodes from the model, made once: making it tries the model out."""
@@ -67,7 +81,8 @@ class Member:
             raise SurgeryError(f"'{self.name}' is a {type(inner).__name__}, which says no next token.",
                                hint="Load it as a causal language model (AutoModelForCausalLM).")  # fmt: skip
         if whole not in self.decoders:
-            self.decoders[whole] = CausalDecoder(self.model, whole=whole)
+            with self.speaking():
+                self.decoders[whole] = CausalDecoder(self.model, whole=whole)
         return self.decoders[whole]
 
     def read(self, prompt: Prompt, reference: PreTrainedTokenizerBase | None) -> list[int]:
