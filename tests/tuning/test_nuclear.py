@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from surgery.errors import SurgeryError
+from surgery.tuning import Selection, SparseAdamW
 from surgery.tuning.nuclear import NuclearNorm, nuclear_norm, nuclear_subgradient
 
 torch.set_num_threads(1)
@@ -134,6 +136,42 @@ def test_the_choice_is_a_function_of_step_and_seed():
     told = [NuclearNorm(every=3).sample(step, shapes) is not None for step in range(7)]
     assert told == [True, False, False, True, False, False, True]
     assert NuclearNorm().sample(0, {"norm.weight": (300,), "small.weight": (64, 200)}) is None
+
+
+def tuned(term, steps=30, cut=None):
+    """Two layers after SparseAdamW on random regression; the share that moves is the smallest third of each."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(80, 70), nn.Tanh(), nn.Linear(70, 72))
+    x, y = torch.randn(64, 80), torch.randn(64, 72)
+    weights = {n: p for n, p in model.named_parameters() if p.dim() == 2}
+    sizes = {n: p.detach().abs() for n, p in weights.items()}
+    masks = {n: size < size.flatten().kthvalue(size.numel() // 3).values for n, size in sizes.items()}
+    chosen = Selection.of_masks(masks)
+    start = {n: p.detach().clone() for n, p in weights.items()}
+    optimizer = SparseAdamW(model, chosen, lr=3e-3, penalty=term and term.penalty)
+    for step in range(steps):
+        if step == cut:  # as after a restart
+            state = optimizer.state_dict()
+            optimizer.release()
+            optimizer = SparseAdamW(model, chosen, penalty=term.penalty)
+            optimizer.load_state_dict(state)
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ends = {n: p.detach() for n, p in weights.items()}
+    return start, masks, ends
+
+
+def test_in_the_optimizer_it_reaches_the_numbers_that_move_and_no_others():
+    """Lower norms of what moves; everything else keeps its bits; weight 0 is no term; a restart changes nothing."""
+    start, masks, plain = tuned(None)
+    zero, pressed, again = (tuned(NuclearNorm(w, seed=1), cut=c)[2] for w, c in ((0.0, None), (5e-3, None), (5e-3, 11)))
+    for name, mask in masks.items():
+        places = mask.flatten().nonzero().view(-1)
+        free, held = (nuclear_norm(e[name][mask], places, mask.shape) for e in (plain, pressed))
+        assert held < 0.9 * free
+        assert torch.equal(pressed[name][~mask], start[name][~mask])
+        assert torch.equal(zero[name], plain[name]) and torch.equal(again[name], pressed[name])
 
 
 @pytest.mark.parametrize("words", [{"weight": -1.0}, {"weight": float("nan")}, {"every": 0}])
