@@ -21,8 +21,8 @@ FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 def projections(model: nn.Module, modules: Iterable[str] | None = None) -> dict[str, nn.Module]:
     """The linear layers of attention and MLPs by name; of them those that `modules` names: groups, kinds, full names.
 
-    Raises `SurgeryError` for a name that none has, half of a fused projection, quantised weights, and a model with
-    adapters.
+    Experts that are one tensor are no linear layers. Raises `SurgeryError` for a name that none has, for half of a
+    fused projection, and for a model with adapters.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -35,17 +35,13 @@ def projections(model: nn.Module, modules: Iterable[str] | None = None) -> dict[
         if isinstance(module, (nn.Linear, Conv1D)) and GROUPS[kind] in PARTS:
             found[name], kinds[name] = module, kind
     if modules is not None:
-        wanted = [modules] if isinstance(modules, str) else list(modules)
+        wanted = [w.removesuffix(".weight") for w in ([modules] if isinstance(modules, str) else modules)]
         for word in wanted:
             if word not in found and not any(word in (kind, GROUPS[kind]) for kind in kinds.values()):
                 raise _unknown(model, word, kinds)
         found = {n: m for n, m in found.items() if {n, kinds[n], GROUPS[kinds[n]]} & set(wanted)}
     if not found:
         raise SurgeryError(f"{type(model).__name__} has no linear layers of attention or MLPs to adapt.")
-    for name, module in found.items():
-        if not _weight(module).is_floating_point():
-            raise SurgeryError(f"'{name}' is quantised ({_weight(module).dtype}): there are no weights to decompose.",
-                               hint="Load the model without quantisation.")  # fmt: skip
     return found
 
 
@@ -70,11 +66,16 @@ def transposed(module: nn.Module) -> bool:
 
 def sizes(module: nn.Module) -> tuple[int, int]:
     """Numbers that a projection gives, and reads."""
+    if isinstance(module, nn.Linear):  # whose weights may be packed
+        return module.out_features, module.in_features
     rows, columns = _weight(module).shape
-    return (columns, rows) if transposed(module) else (rows, columns)
+    return columns, rows
 
 
 def matrix(module: nn.Module) -> Tensor:
-    """(out, in) float32."""
-    weight = _weight(module).detach().float()
-    return weight.T if transposed(module) else weight
+    """(out, in) float32. Raises `SurgeryError` for quantised weights."""
+    weight = _weight(module).detach()
+    if not weight.is_floating_point():
+        raise SurgeryError(f"Weights of a projection are quantised ({weight.dtype}): they can't be decomposed.",
+                           hint="Load the model without quantisation, or train a plain LoRA.")  # fmt: skip
+    return weight.float().T if transposed(module) else weight.float()

@@ -66,6 +66,7 @@ def test_all_projections_of_attention_and_mlp_are_found():
     assert all("c_" in n for n in projections(build("gpt2"))) and len(projections(build("gpt2"))) == 3 * 4
     assert set(projections(build("llama"), ["attention"])) == {n for n in names if "self_attn" in n}
     assert set(projections(build("llama"), ["q", names[6]])) == {n for n in names if "q_proj" in n} | {names[6]}
+    assert list(projections(build("llama"), f"{names[6]}.weight")) == [names[6]]
 
 
 def test_names_are_matched_in_full_never_by_a_part(tiny):
@@ -94,12 +95,14 @@ def test_modules_that_are_not_there_are_told(kind, word, told):
         projections(build(kind), [word])
 
 
-def test_quantised_weights_are_refused():
-    model = build("llama")
+def test_quantised_weights_are_not_decomposed(tiny, seen):
+    """A plain LoRA may stand beside them: PEFT's affair."""
+    model = copy.deepcopy(tiny[0])
     layer = model.model.layers[1].mlp.up_proj
     layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
-    with pytest.raises(SurgeryError, match=r"layers.1.mlp.up_proj' is quantised \(torch.int8\)"):
-        projections(model)
+    with pytest.raises(SurgeryError, match=r"are quantised \(torch.int8\)"):
+        corda(model, seen, rank=2)
+    assert lora_size(model, 1) == lora_size(tiny[0], 1)
 
 
 # ---- covariances
