@@ -22,29 +22,18 @@ from torch import Tensor
 
 from surgery.errors import SurgeryError
 from surgery.training import distributed
+from surgery.training.moving import parts_of, sparse_part
 from surgery.training.policy import Policy
-from surgery.training.recipe import Recipe, as_words
+from surgery.training.recipe import as_words
 from surgery.training.state import drawn_as_tensors, random_state, same_recipe, set_random_state, undrawn
+from surgery.tuning import Selection
 
 if TYPE_CHECKING:
     from surgery.training.engine import Trainer
 
 
-def adamw(policy: Policy, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters; matrices decay, vectors (norms, biases) do not."""
-    settings = recipe.optimizer
-    moving = policy.moving()
-    groups = [
-        {"params": [p for p in moving if p.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in moving if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        fused=recipe.parallel != "fsdp2",
-    )
+CHOSEN = "chosen"
+"""Stands for the numbers of a selection among the names of parameters."""
 
 
 def begin(trainer: Trainer) -> None:
@@ -98,6 +87,8 @@ def _files(trainer: Trainer) -> Iterator[tuple[str, Callable[[Path], None]]]:
         tensors = gathered()
         if tensors or name == "optimizers":
             yield f"{name}.safetensors", lambda path, tensors=tensors: _save(tensors, path)  # type: ignore[misc]
+    if trainer.moving.selection is not None:
+        yield "selection.safetensors", lambda path: trainer.moving.selection.save(path)  # type: ignore[union-attr]
     tensors, drawn = drawn_as_tensors(trainer.drawn if trainer.pieces else [])
     yield "drawn.safetensors", lambda path: _save(_own(tensors), path)
     state = {
@@ -109,6 +100,7 @@ def _files(trainer: Trainer) -> Iterator[tuple[str, Callable[[Path], None]]]:
         "curricula": {k: c.state_dict() for k, c in trainer.context.curricula.items()},
         "rewards": trainer.parts.rewards.state_dict() if trainer.parts.rewards else {},
         "noted": trainer.context.noted,
+        "moving": {"turn": trainer.moving.turn, "at": trainer.moving.at},
         "random": trainer.world.gather(random_state()),
         "log": trainer.log.position(),
     }
@@ -188,6 +180,9 @@ def _restored(trainer: Trainer, folder: Path) -> None:
         _restore(trainer.reference, load_file(folder / "reference.safetensors"), folder)
     if trainer.initial is not None:
         trainer.initial = load_file(folder / "initial.safetensors")
+    if (chosen := folder / "selection.safetensors").is_file():
+        trainer.moving.adopt(Selection.load(chosen), 0)
+        trainer.moving.turn, trainer.moving.at = state["moving"]["turn"], state["moving"]["at"]
     _restore_moments(trainer, load_file(folder / "optimizers.safetensors"))
     trainer.step = trainer.context.step = state["step"]
     trainer.context.iteration = state["iteration"]
@@ -318,24 +313,30 @@ def _restore(policy: Policy, saved: dict[str, Tensor], folder: Path) -> None:
 
 
 def _moments(trainer: Trainer) -> dict[str, Tensor]:
-    """Optimizer state as "optimizer/parameter/moment"."""
+    """Optimizer state as "optimizer/parameter/moment"; the parameter of a selection is called `CHOSEN`."""
     names = {id(p): name for name, p in trainer.policy.named_parameters()}
     found = {}
-    for which, optimizer in trainer.optimizers.items():
+    for which, optimizer in trainer.moving.optimizers.items():
         found[f"{which}//"] = torch.zeros(0)  # that it exists, whether it has moved or not
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                for key, value in optimizer.state.get(parameter, {}).items():
-                    found[f"{which}/{names[id(parameter)]}/{key}"] = distributed.whole(torch.as_tensor(value))
+        for part in parts_of(optimizer):
+            for parameter in (p for group in part.param_groups for p in group["params"]):
+                for key, value in part.state.get(parameter, {}).items():
+                    name = names.get(id(parameter), CHOSEN)
+                    found[f"{which}/{name}/{key}"] = distributed.whole(torch.as_tensor(value))
     return _own(found)
 
 
 def _restore_moments(trainer: Trainer, saved: dict[str, Tensor]) -> None:
-    parameters = dict(trainer.policy.named_parameters())
-    trainer.optimizers.clear()
+    trainer.moving.forget()
     for key, value in saved.items():
         which, name, part = key.split("/")
-        optimizer = trainer._optimizer(which)
-        if name:
-            moved = parameters[name]
-            optimizer.state[moved][part] = value if part == "step" else distributed.like(value, moved)
+        optimizer = trainer.moving.optimizer(which)
+        if not name:
+            continue
+        sparse = sparse_part(optimizer)
+        if name == CHOSEN and sparse is not None:
+            sparse.state[sparse.flat][part] = value.tolist() if part == "births" else value.to(sparse.flat.device)
+            continue
+        moved = trainer.policy.get_parameter(name)
+        state = parts_of(optimizer)[-1].state
+        state[moved][part] = value if part == "step" else distributed.like(value, moved)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from surgery.decoding import Generator, LocalGenerator, Sampling
 from surgery.errors import SurgeryError
-from surgery.registry import nearest
 from surgery.training import checkpoints, distributed
 from surgery.training.batch import Batch
 from surgery.training.context import Context
 from surgery.training.evaluation import evaluate
 from surgery.training.log import Log, rollout_metrics
 from surgery.training.memory import estimate, lengths
+from surgery.training.moving import Joined, Moving, trained_by
 from surgery.training.objectives import Loss
 from surgery.training.plan import Plan, plan
 from surgery.training.policy import Policy, checkpoints_activations, without_dropout
@@ -55,8 +55,8 @@ class Piece:
 class Trainer:
     """One run: `Trainer(recipe, model, tokenizer).run()`.
 
-    The model is trained in place, and apart from its weights left as it was found. `masks` maps parameter names to
-    boolean tensors: entries where they are False keep their bits. `generator` stands in for sampling from the policy.
+    The model is trained in place, and apart from its weights left as it was found. `generator` stands in for sampling
+    from the policy.
     """
 
     def __init__(
@@ -67,7 +67,6 @@ class Trainer:
         *,
         out: str | Path | None = None,
         backbones: list[nn.Module] | None = None,
-        masks: Mapping[str, Tensor] | None = None,
         generator: Generator | None = None,
         parts: Plan | None = None,
         on_step: Callable[[int, dict[str, float]], None] | None = None,
@@ -87,9 +86,8 @@ class Trainer:
         distributed.alike(self.policy, self.world)
         self.reference = self.policy.snapshot() if objective.uses_reference else None
         self.initial = copy.deepcopy(model.state_dict()) if getattr(source, "restarts", False) else None
-        self.masks = _checked(masks or {}, model, recipe)
+        self.moving = Moving(recipe, self.policy, self.parts.selecting)
         self.sharded = recipe.parallel == "fsdp2" and self.world.size > 1
-        self.optimizers: dict[str, torch.optim.Optimizer] = {}
         samples = "rollouts" in source.gives or getattr(source, "samples", False)
         sampling = Sampling(**recipe.rollouts.model_dump(exclude={"prompts", "group"}))
         if generator is None and samples:
@@ -129,6 +127,8 @@ class Trainer:
             while self.step < self.recipe.steps:
                 began = time.perf_counter()
                 piece = self._next()
+                if self.moving.due(self.step):
+                    self.moving.select(self.step, self._ahead(piece), self._loss)
                 last = self._update(piece)
                 self.step += 1
                 self.context.step = self.step
@@ -150,13 +150,36 @@ class Trainer:
     def _next(self) -> Piece:
         """The next piece, drawing when nothing is left."""
         while not self.pieces:
-            self.drawn = self.parts.source.draw(self.context)
-            self.pieces = [piece for i in range(len(self.drawn)) for piece in self._cut(i)]
-            for update in self.drawn:
-                for kind, batch in update.batches.items():
-                    self._prepare(kind, batch)
-            self.context.iteration += 1
+            self.drawn = []
+            self._draw()
         return self.pieces.pop(0)
+
+    def _draw(self) -> None:
+        """The source's next batches, behind those that are there."""
+        first = len(self.drawn)
+        self.drawn += self.parts.source.draw(self.context)
+        for i in range(first, len(self.drawn)):
+            self.pieces += self._cut(i)
+        for update in self.drawn[first:]:
+            for kind, batch in update.batches.items():
+                self._prepare(kind, batch)
+        self.context.iteration += 1
+
+    def _ahead(self, piece: Piece) -> Callable[[int], list[Batch]]:
+        """Micro-batches of this update and of the next ones, drawn ahead; they are trained on in their turn."""
+
+        def micros(updates: int) -> list[Batch]:
+            rollouts = any("rollouts" in update.batches for update in self.drawn)
+            while len(self.pieces) + 1 < updates and not rollouts:  # samples of a policy that is to move wait for it
+                self._draw()
+            return [m for one in [piece, *self.pieces][:updates] for m in self._micros(one)]
+
+        return micros
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """The objective's loss of a micro-batch."""
+        with self.context.autocast:
+            return self.parts.objective.loss(self.policy, batch.to(self.world.device)).value
 
     def _cut(self, index: int) -> list[Piece]:
         """A batch of rollouts in `epochs` passes of `minibatches` updates, whole groups shuffled; others whole."""
@@ -191,15 +214,14 @@ class Trainer:
             self._restart()
             update.fresh = False
         began = time.perf_counter()
-        micros = [m for kind, batch in update.batches.items() for m in self._micro_batches(kind, batch, piece)]
+        optimizer = self.moving.optimizer(update.optimizer)
+        micros = self._micros(piece)
         sums, values = self._backward(micros)
         totals = self.world.summed(sums)
-        for name, mask in self.masks.items():
-            gradient = self.policy.model.get_parameter(name).grad
-            if gradient is not None:
-                gradient *= mask.to(gradient)
-        optimizer = self._optimizer(update.optimizer)
-        norm = distributed.norm([p for g in optimizer.param_groups for p in g["params"]], self.recipe.optimizer.clip)
+        trained = trained_by(optimizer)
+        if not self.sharded:
+            distributed.add_gradients(trained, self.world)
+        norm = distributed.norm(trained, self.recipe.optimizer.clip)
         finite = math.isfinite(norm) and math.isfinite(totals["loss"][0])
         if finite:
             self._step(optimizer)
@@ -216,6 +238,11 @@ class Trainer:
         found["tokens_per_second"] = tokens / max(1e-9, sum(self.context.seconds.values()))
         self.context.seconds, self.context.noted = {}, {}
         return found
+
+    def _micros(self, piece: Piece) -> list[Batch]:
+        """All micro-batches of an update."""
+        batches = self.drawn[piece.update].batches
+        return [m for kind, batch in batches.items() for m in self._micro_batches(kind, batch, piece)]
 
     def _micro_batches(self, kind: str, batch: Batch, piece: Piece) -> list[Batch]:
         """This process's micro-batches of an update, each knowing the whole update's denominators."""
@@ -250,34 +277,21 @@ class Trainer:
             for name, (total, count) in ({} if "idle" in micro else loss.metrics).items():
                 before = sums.get(name, (0.0, 0.0))
                 sums[name] = (before[0] + float(total), before[1] + float(count))
-        if not self.sharded:
-            distributed.add_gradients(self.policy.moving(), self.world)
         return sums, values
 
-    def _step(self, optimizer: torch.optim.Optimizer) -> None:
+    def _step(self, optimizer: torch.optim.Optimizer | Joined) -> None:
         settings = self.recipe.optimizer
         factor = learning_rate(
             self.step, self.recipe.steps, shape=settings.shape, warmup=settings.warmup, final=settings.final
         )
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * factor
-        masked = [(self.policy.model.get_parameter(name), mask) for name, mask in self.masks.items()]
-        before = [parameter.detach().clone() for parameter, _ in masked]
         optimizer.step()
-        with torch.no_grad():
-            for (parameter, mask), value in zip(masked, before, strict=True):
-                parameter.copy_(torch.where(mask.to(parameter.device), parameter, value))
-
-    def _optimizer(self, name: str) -> torch.optim.Optimizer:
-        """AdamW with moments of its own for each name; matrices decay, vectors do not."""
-        if name not in self.optimizers:
-            self.optimizers[name] = checkpoints.adamw(self.policy, self.recipe)
-        return self.optimizers[name]
 
     def _restart(self) -> None:
         assert self.initial is not None, "a source that restarts says so by `restarts`"
         self.policy.model.load_state_dict(self.initial)
-        self.optimizers.clear()
+        self.moving.forget()
 
     def _evaluated(self) -> dict[str, float]:
         settings = self.recipe.evaluate
@@ -299,13 +313,12 @@ class Trainer:
         hooked = bool(getattr(model, "_require_grads_hooks", None))
         with ExitStack() as stack:
             try:
-                self._choose_parameters()
+                self.moving.begin()
                 if self.recipe.gradient_checkpointing and not checkpointed:
                     enable: Any = model.gradient_checkpointing_enable
                     enable(gradient_checkpointing_kwargs={"use_reentrant": False})
                 if self.recipe.dropout:
                     self.policy.train()
-                    self.policy.backbones.eval()
                     self.policy.backbones.eval()
                 else:
                     stack.enter_context(without_dropout(self.policy))
@@ -318,6 +331,7 @@ class Trainer:
                     model.gradient_checkpointing_disable()  # type: ignore[operator]
                     if not hooked:  # transformers leaves a hook on the input embedding
                         model.disable_input_require_grads()  # type: ignore[operator]
+                self.moving.release()
                 for name, p in model.named_parameters():
                     p.requires_grad_(flags[name])
                     p.grad = None
@@ -326,15 +340,6 @@ class Trainer:
                     m.training = training
                 if use_cache is not None:
                     model.config.use_cache = use_cache  # type: ignore[union-attr]
-
-    def _choose_parameters(self) -> None:
-        """Only parameters that fit `trainable` and none of `frozen` move."""
-        chosen = 0
-        for name, p in self.policy.model.named_parameters():
-            p.requires_grad_(self.recipe.moves(name, p.requires_grad))
-            chosen += p.requires_grad
-        if not chosen:
-            raise SurgeryError("No parameter of the model may move.", hint="Look at `trainable` and `frozen`.")
 
     def _not_finite(self, micros: list[Batch], values: list[float], norm: float) -> SurgeryError:
         """Which rows made the loss infinite or NaN: those of one process are told by all."""
@@ -349,18 +354,6 @@ class Trainer:
             f"Step {self.step + 1}: the loss is not finite in a micro-batch of {told}.",
             hint="Smaller batch.micro_batch narrows it down; nonfinite: skip goes on without such steps.",
         )
-
-
-def _checked(masks: Mapping[str, Tensor], model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
-    """Masks that fit parameters of the model."""
-    if masks and recipe.parallel == "fsdp2":
-        raise SurgeryError("Masks are of whole parameters, and FSDP2 cuts them up.", hint="Use parallel: ddp.")
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    for name, mask in masks.items():
-        if shapes.get(name) != mask.shape:
-            found = f"the model has {tuple(shapes[name])}" if name in shapes else nearest(name, shapes)
-            raise SurgeryError(f"A mask of shape {tuple(mask.shape)} is given for '{name}'.", hint=found)
-    return dict(masks)
 
 
 def _rows_told(batch: Batch) -> str:

@@ -17,6 +17,7 @@ from surgery.training.objectives import Objective
 from surgery.training.recipe import Recipe
 from surgery.training.rewards import Rewards, build_rewards
 from surgery.training.sources import COLUMNS, SOURCES, Dataset, Source, Together
+from surgery.tuning.plan import Corda, Fixed, Lora, Sparse, Tuning, parse
 
 HELD_OUT = 7_919
 """Added to the seed for rows of the training task that training never sees."""
@@ -33,6 +34,12 @@ class Plan:
     curricula: dict[str, Curriculum]
     rewards: Rewards | None
     evaluation: Rows | None
+    tuning: Tuning | None = None
+
+    @property
+    def selecting(self) -> Sparse | Fixed | None:
+        """The tuning, where it is a selection of the model's own numbers."""
+        return self.tuning if isinstance(self.tuning, Sparse | Fixed) else None
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -63,7 +70,20 @@ def plan(recipe: Recipe) -> Plan:
     evaluation = None
     if recipe.evaluate.every:
         evaluation = rows_of(_located(recipe.evaluate.data or recipe.data, recipe.folder), recipe.seed + HELD_OUT)
-    return Plan(objective, source, rows, curricula, rewards, evaluation)
+    return Plan(objective, source, rows, curricula, rewards, evaluation, _tuning(recipe))
+
+
+def _tuning(recipe: Recipe) -> Tuning | None:
+    """What `tuning` says, held against the rest of the recipe."""
+    tuning = parse(recipe.tuning)
+    if tuning is None:
+        return None
+    if recipe.trainable is not None:
+        raise SurgeryError("Both `tuning` and `trainable` say what moves.",
+                           hint="Keep one of them; with tuning, `modules` and `frozen` narrow it down.")  # fmt: skip
+    if recipe.parallel == "fsdp2" and not isinstance(tuning, Lora | Corda):
+        raise SurgeryError("Selections are of whole parameters, and FSDP2 cuts them up.", hint="Use parallel: ddp.")
+    return tuning
 
 
 def _located(written: Any, folder: Path) -> Any:

@@ -60,6 +60,8 @@ class Policy(nn.Module):
         self.backbones = nn.ModuleList(backbones)
         self.extras = nn.ModuleDict()
         """More modules that an objective trains beside the model: a value head."""
+        self.frozen = False
+        """Whether nobody asks for gradients: of a reference."""
         self.share_prompts = share_prompts
         self.packing = packing
         self._split: dict[int, tuple[_Backbone, Callable[[Tensor], Tensor]]] = {}
@@ -80,7 +82,7 @@ class Policy(nn.Module):
 
     def forward(self, batch: Batch, *, entropy: bool = False, hidden: bool = False, values: bool = False) -> Scores:
         """Scores of every completion token. Gradients flow to log-probs, entropy, hidden states and values alike."""
-        with _gradients(any(p.requires_grad for p in self.model.parameters())):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             states = [self._states(self.model, batch)]
         for member in self.backbones:
             with torch.no_grad():
@@ -114,7 +116,9 @@ class Policy(nn.Module):
     def snapshot(self) -> Policy:
         """A frozen copy of this very object as it is now, without dropout: the reference policy."""
         model = copy.deepcopy(self.model).requires_grad_(False).eval()
-        return Policy(model, list(self.backbones), share_prompts=self.share_prompts, packing=self.packing)
+        found = Policy(model, list(self.backbones), share_prompts=self.share_prompts, packing=self.packing)
+        found.frozen = True
+        return found
 
     # ---- the pass
 
@@ -298,12 +302,6 @@ def without_dropout(module: nn.Module) -> Iterator[None]:
             setattr(m, name, rate)
         for m, training in modes:
             m.training = training
-
-
-@contextmanager
-def _gradients(wanted: bool) -> Iterator[None]:
-    with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
-        yield
 
 
 def _checkpointing(member: nn.Module) -> bool:

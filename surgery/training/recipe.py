@@ -106,6 +106,7 @@ class Recipe(_Part):
     evaluate: EvaluateSettings = EvaluateSettings()  # type: ignore[call-arg]
     checkpoint: CheckpointSettings = CheckpointSettings()  # type: ignore[call-arg]
     backbone: Any = Field(None, description="frozen models whose logits are added to the trained one's (UniR)")
+    tuning: Any = Field(None, description="which numbers move, by a selection, or LoRA: see surgery.tuning.plan")
     trainable: list[str] | None = Field(None, description="patterns of the parameters that move (default: all)")
     frozen: list[str] = Field(default_factory=list, description="patterns of parameters that stay")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of the arithmetic; weights are float32")

@@ -63,7 +63,6 @@ def train(
     recipe: Recipe | None = None,
     out: str | Path | None = None,
     resume: bool = False,
-    masks: Any = None,
     generator: Any = None,
     on_step: OnStep | None = None,
     parts: Plan | None = None,
@@ -117,7 +116,7 @@ def train(
             raise
 
     trainer = Trainer(
-        recipe, model, tokenizer, out=folder, backbones=backbones, masks=masks, generator=generator, parts=parts,
+        recipe, model, tokenizer, out=folder, backbones=backbones, generator=generator, parts=parts,
         on_step=note,
     )  # fmt: skip
     trainer.run(resume=resume)

@@ -32,7 +32,7 @@ from surgery.tuning.slices import slice_gradients
 
 PIECE = 1 << 16
 """Numbers updated at a time on a CPU: what is read twice then stays in its cache."""
-Penalty = Callable[[int, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]], Any]
+Penalty = Callable[..., Any]
 """Adds to the gradient before a step: (step, weights, places, gradient), each by parameter."""
 
 
@@ -206,6 +206,13 @@ class SparseAdamW(Optimizer):
         bank = next(b for b in self.banks if b.name == name)
         return None if self.flat.grad is None or bank.fresh else self.flat.grad[bank.start : bank.stop]
 
+    def settle(self) -> None:
+        """Makes the gathered gradient whole: zero where the loss did not reach. `step` does it; so must who sums it."""
+        for bank in self.banks:
+            if bank.fresh and self.flat.grad is not None:
+                self.flat.grad[bank.start : bank.stop] = 0
+            bank.fresh = False
+
     # ---- the step
 
     @torch.no_grad()
@@ -217,10 +224,8 @@ class SparseAdamW(Optimizer):
                 loss = closure()
         if self.flat.grad is None:
             return loss
+        self.settle()
         gradient = self.flat.grad
-        for bank in self.banks:
-            if bank.fresh:  # the loss did not reach it
-                gradient[bank.start : bank.stop] = 0
         if self.reduce and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(gradient)
             gradient /= torch.distributed.get_world_size()

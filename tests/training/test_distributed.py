@@ -70,7 +70,7 @@ def test_an_error_on_one_process_is_told_by_all(runs):
     out, _, parallel = runs
     told = {(out / f"told-{rank}").read_text() for rank in (0, 1)}
     assert len(told) == 1
-    assert ("the judge has gone" if parallel == "ddp" else "Masks are of whole parameters") in told.pop()
+    assert ("the judge has gone" if parallel == "ddp" else "Selections are of whole parameters") in told.pop()
 
 
 def test_several_processes_need_a_way_to_share(monkeypatch):

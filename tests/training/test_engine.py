@@ -9,6 +9,7 @@ from tiny_runs import demonstrations, llama, many_letters, pairs, same, tokenize
 from surgery.errors import SurgeryError
 from surgery.training import Trainer, train
 from surgery.training.recipe import make
+from surgery.tuning import Selection
 
 ROLLOUTS = {"prompts": 3, "group": 4, "max_new_tokens": 6}
 SFT = {"objective": "sft", "data": demonstrations(), "batch": {"rows": 7}, "steps": 3, "optimizer": {"lr": 1e-2}}
@@ -152,27 +153,28 @@ def test_rollouts_are_drawn_in_the_arithmetic_of_the_updates(monkeypatch):
 # ---- what moves
 
 
-def test_masked_entries_keep_their_bits():
+def test_entries_outside_a_selection_keep_their_bits():
     model = llama()
     before, masks = weights(model), {}
     for i, (name, p) in enumerate(model.named_parameters()):
         if i % 2:
             masks[name] = torch.rand(p.shape, generator=torch.Generator().manual_seed(i)) < 0.3
-    train(model, tokenizer(), masks=masks, **SFT | {"optimizer": {"lr": 1e-2, "weight_decay": 0.1}})
+    settings = SFT | {"optimizer": {"lr": 1e-2, "weight_decay": 0.1}}
+    train(model, tokenizer(), tuning=Selection.of_masks(masks), **settings)
     for name, p in model.named_parameters():
         kept = p == before[name]
         if name in masks:
             assert kept[~masks[name]].all()
             assert not kept[masks[name]].all()
         else:
-            assert not kept.all()
+            assert kept.all()
 
 
-def test_masks_that_fit_nothing_are_refused():
-    with pytest.raises(SurgeryError, match="A mask of shape"):
-        train(llama(), tokenizer(), masks={"model.norm.weight": torch.ones(3) > 0}, **SFT)
-    with pytest.raises(SurgeryError, match="model.norm.weight"):
-        train(llama(), tokenizer(), masks={"model.norm.wait": torch.ones(16) > 0}, **SFT)
+def test_selections_that_fit_nothing_are_refused():
+    for masks, told in (({"model.norm.weight": torch.ones(3) > 0}, r"is \[3\] in it, \[16\] in"),
+                        ({"model.norm.wait": torch.ones(16) > 0}, "'model.norm.weight'")):  # fmt: skip
+        with pytest.raises(SurgeryError, match=told):
+            train(llama(), tokenizer(), tuning=Selection.of_masks(masks), **SFT)
 
 
 def test_frozen_parameters_keep_their_bits():
@@ -245,4 +247,4 @@ def test_no_step_no_moments():
     model = llama()
     before = weights(model)
     trainer = Trainer(make(SFT), model, tokenizer())
-    assert same(weights(model), before) and not trainer.optimizers
+    assert same(weights(model), before) and not trainer.moving.optimizers

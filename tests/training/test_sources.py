@@ -228,8 +228,8 @@ def test_relift_needs_a_demonstration_and_counts_wrong_forms_apart():
 def test_relift_has_two_optimizers():
     engine = trainer(Scripted(never), source={"relift": {"size": 4}}, **{**LIFT, "steps": 2})
     engine.run()
-    assert set(engine.optimizers) == {"policy", "imitation"}
-    moved = {name: [s["step"].item() for s in o.state.values()] for name, o in engine.optimizers.items()}
+    assert set(engine.moving.optimizers) == {"policy", "imitation"}
+    moved = {name: [s["step"].item() for s in o.state.values()] for name, o in engine.moving.optimizers.items()}
     assert set(moved["policy"]) == {1.0} == set(moved["imitation"])
 
 

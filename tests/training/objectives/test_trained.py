@@ -9,6 +9,7 @@ from small import llama, text, tokenizer
 
 from surgery.training import train
 from surgery.training.objectives import OBJECTIVES
+from surgery.tuning import Selection
 
 pytestmark = pytest.mark.filterwarnings("ignore::surgery.training.log.TrainingWarning")
 ROWS = [
@@ -46,7 +47,7 @@ def test_a_bandit_is_solved_in_60_steps(name):
     assert name != "ppo" or "explained_variance" in run.metrics[0]
 
 
-# masks compose with every objective
+# selections compose with every objective
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_frozen_entries_keep_their_bits(name):
     """Under weight decay and AdamW's momentum, with every objective; the value head beside the model is free."""
@@ -55,7 +56,7 @@ def test_frozen_entries_keep_their_bits(name):
     generator = torch.Generator().manual_seed(0)
     masks = {n: torch.rand(p.shape, generator=generator) < 0.1 for n, p in model.named_parameters() if p.dim() > 1}
     train(
-        model, tokenizer(), objective=name, data=ROWS, reward=share_of_a, steps=3, masks=masks,
+        model, tokenizer(), objective=name, data=ROWS, reward=share_of_a, steps=3, tuning=Selection.of_masks(masks),
         frozen=["*norm*"], batch={"rows": 4}, rollouts={"prompts": 2, "group": 4, "max_new_tokens": 5},
         optimizer={"lr": 0.01, "weight_decay": 0.1, "shape": "constant"},
     )  # fmt: skip

@@ -1,0 +1,182 @@
+"""What a recipe says under `tuning:`, as objects.
+
+    tuning: lift                                            # with the usual budget, 5 %
+    tuning: {lift: {density: 0.05, rank: 32, refresh: 100}}
+    tuning: {half: {level: category, refresh: 200}}
+    tuning: {delta: {sibling: tiny-chain, density: 0.01}}
+    tuning: {lottery: {density: 0.01}}                      # LT-SFT: train all, choose what moved most, train again
+    tuning: {lora: {rank: 8}}
+    tuning: {corda: {rank: 8, mode: kpm, data: {task: facts}}}
+
+Under the name of a selection stand its own options, the budget (`density`, `count`, `lora_rank`, `scope`), `modules`,
+and what `Sparse` has besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import nn
+
+from surgery.errors import SurgeryError
+from surgery.registry import Registry, nearest
+from surgery.tuning.nuclear import NuclearNorm
+from surgery.tuning.selection import SELECTORS, Budget, Round, Scored, Selection, Selector, choose_by, targets
+from surgery.tuning.selection.evidence import Evidence, Loss
+
+DENSITY = 0.05
+"""The budget where a recipe names a selection and no budget: LIFT's."""
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A selection that a run makes, and makes anew every `refresh` steps (0: once).
+
+    `batches` are the updates that gradients or inputs are looked at on: the run's own next ones. `ages` as in
+    `SparseAdamW`; `nuclear` is the weight of SaRA's nuclear-norm term.
+    """
+
+    selector: Selector
+    budget: Budget
+    modules: tuple[str, ...] | None = None
+    refresh: int = 0
+    batches: int = 4
+    sibling: Any = None
+    ages: str = "entry"
+    nuclear: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The selection's."""
+        return next(n for n, kind in SELECTORS.items() if kind is type(self.selector))
+
+    @property
+    def penalty(self) -> NuclearNorm | None:
+        """The term beside the loss, where there is one."""
+        return NuclearNorm(self.nuclear) if self.nuclear else None
+
+    def choose(
+        self, model: nn.Module, turn: Round, *, batches: Sequence[Any] | None = None, loss: Loss | None = None
+    ) -> Selection:
+        """The selection of this turn."""
+        return choose_by(self.selector, model, self.budget, modules=self.modules, batches=batches, loss=loss,
+                         sibling=self.sibling, turn=turn)  # fmt: skip
+
+    def expected(self, model: nn.Module) -> tuple[int, int]:
+        """How many numbers will move, and how many of them need their place kept; from shapes (a meta model will do).
+
+        Raises `SurgeryError` for a selection whose size only its weights tell.
+        """
+        found = targets(model, self.modules or self.selector.modules, matrices=self.selector.matrices)
+        if self.budget.given and (isinstance(self.selector, Scored) or self.name == "sara"):
+            count = sum(self.budget.shares({t.name: t.shape for t in found}).values())
+            return count, count
+        if next(model.parameters()).is_meta and self.name == "sara":
+            raise SurgeryError("How many weights are below SaRA's threshold is known once they are read.")
+        places = self.selector.pick(found, self.budget, Evidence(), Round())
+        shapes = {t.name: t.shape for t in found}
+        chosen = Selection(dict(places), {n: shapes[n] for n in places})
+        return chosen.count, sum(chosen.counted(n) for n, where in chosen.places.items() if where is not None)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A selection that is made already."""
+
+    selection: Selection
+    refresh = 0
+    ages = "entry"
+    penalty = None
+
+    def expected(self, model: nn.Module) -> tuple[int, int]:
+        """As `Sparse.expected`."""
+        kept = (n for n, places in self.selection.places.items() if places is not None)
+        return self.selection.count, sum(map(self.selection.counted, kept))
+
+
+@dataclass(frozen=True)
+class Lottery:
+    """LT-SFT (arXiv:2110.07560): train everything, keep the `density` of numbers that moved most (of all tensors
+    together), rewind, train those alone. With `rounds` the choice grows by equal parts, each after a run of its own.
+    """
+
+    density: float = 0.01
+    rounds: int = 1
+    modules: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        Budget(self.density)
+        if self.rounds < 1:
+            raise SurgeryError(f"A lottery of {self.rounds} rounds chooses nothing.", hint="rounds: 1 or more.")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA through PEFT; `alpha` None: as the rank."""
+
+    rank: int = 8
+    alpha: float | None = None
+    modules: tuple[str, ...] | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Corda:
+    """CorDA's start of a LoRA (decomposed.py); covariances of `samples` rows of `data` (by default the run's own)."""
+
+    rank: int = 8
+    mode: str = "ipm"
+    alpha: float | None = None
+    modules: tuple[str, ...] | None = None
+    data: Any = None
+    samples: int = 64
+
+
+Tuning = Sparse | Fixed | Lottery | Lora | Corda
+OTHERS: dict[str, type[Any]] = {"lottery": Lottery, "lora": Lora, "corda": Corda}
+NAMES: Registry[Any] = Registry("tuning")
+NAMES.update({**SELECTORS, **OTHERS})
+
+
+def parse(written: Any) -> Tuning | None:
+    """What `tuning:` says. Raises `SurgeryError` for names, options and budgets that are wrong."""
+    if written is None or isinstance(written, Sparse | Fixed | Lottery | Lora | Corda):
+        return written
+    if isinstance(written, Selection):
+        return Fixed(written)
+    if isinstance(written, str):
+        written = {written: {}}
+    if not isinstance(written, Mapping) or len(written) != 1:
+        raise SurgeryError(f"One tuning is expected, found {written!r}.", hint="tuning: {lift: {density: 0.05}}")
+    ((name, words),) = written.items()
+    kind, words = NAMES.lookup(name), dict(words or {})
+    for key in ("modules",):
+        if isinstance(words.get(key), str):
+            words[key] = (words[key],)
+        elif words.get(key) is not None:
+            words[key] = tuple(words[key])
+    own = {f.name for f in fields(kind)}
+    if name in OTHERS:
+        _known(name, words, own)
+        return kind(**words)
+    budget = {"density", "count", "lora_rank", "scope"} if kind.budgeted != "never" else set()
+    beside = {f.name for f in fields(Sparse)} - {"selector", "budget"}
+    beside -= {"sibling"} if "sibling" not in kind.needs else set()
+    beside -= {"batches"} if not set(kind.needs) - {"sibling"} else set()
+    _known(name, words, own | budget | beside)
+    if "sibling" in kind.needs and "sibling" not in words:
+        raise SurgeryError(f"The tuning '{name}' needs a fine-tuned sibling of the model.",
+                           hint=f"tuning: {{{name}: {{sibling: tiny-chain}}}}")  # fmt: skip
+    limit = {k: words[k] for k in budget & words.keys()}
+    if kind.budgeted == "needed" and not limit.keys() & {"density", "count", "lora_rank"}:
+        limit["density"] = DENSITY
+    selector = kind(**{k: words[k] for k in own & words.keys()})
+    return Sparse(selector, Budget(**{"scope": kind.scope, **limit}), **{k: words[k] for k in beside & words.keys()})
+
+
+def _known(name: str, words: Mapping[str, Any], known: set[str]) -> None:
+    for key in words:
+        if key not in known:
+            raise SurgeryError(f"The tuning '{name}' has no parameter '{key}'.", hint=nearest(key, known))
