@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.cli import frame
 
 if TYPE_CHECKING:
-    from surgery.logits import Ensemble, Generation
+    from surgery.logits import Ensemble, Generation, Piece
 
 
 @dataclass
@@ -34,6 +34,8 @@ class Told:
     report: Any = None
     """Of speculation."""
     streamed: bool = False
+    _open: int | None = None
+    """The place of the completion whose line on the screen is not ended."""
     _places: list[int] = field(default_factory=list)
     """Of each row: which prompt it is of; two may be the same text."""
     began: float = field(default_factory=time.perf_counter)
@@ -59,35 +61,50 @@ class Told:
         self.error = error
 
     def stream(self, said: Sequence[Any], how: dict[str, Any]) -> None:
-        """Prints tokens as they come, prompt after prompt; stopped by Ctrl-C or an error it keeps what came."""
+        """Prints tokens as they come, completion by completion; stopped by Ctrl-C or an error it keeps what came."""
         from surgery.logits import stream
 
-        self.streamed = True
-        shown = not (frame.STATE.json or frame.STATE.quiet)
-        for i, prompt in enumerate(said):
+        for place in range(len(said) * self.n):
+            i, sample = divmod(place, self.n)
             pieces: list[Any] = []
             error: Exception | None = None
-            if shown and len(said) > 1:
-                print(header(self.prompts[i]))
             try:
-                for piece in stream(self.ensemble, prompt, index=i, members=self.scores, **how):
+                for piece in stream(self.ensemble, said[i], index=i, sample=sample, members=self.scores, **how):
                     pieces.append(piece)
-                    if shown:
-                        print(piece.text, end="", flush=True)
+                    self.show(place, piece)
             except KeyboardInterrupt:
                 self.stopped = True
             except Exception as wrong:
                 error = wrong
-            if shown:
-                print()
+            self.end_line()
             if pieces:
                 members = {name: [piece.members[name] for piece in pieces] for name in pieces[0].members}
-                self._row(i, 0, "".join(piece.text for piece in pieces), pieces[-1].ended or "interrupted",
+                self._row(i, sample, "".join(piece.text for piece in pieces), pieces[-1].ended or "interrupted",
                           [piece.token for piece in pieces], [piece.log_prob for piece in pieces], members)  # fmt: skip
             if error is not None:
                 self.failed(error, {})
             if self.stopped or error is not None:
                 return
+
+    def show(self, place: int, piece: Piece) -> None:
+        """Prints a token of a completion: behind what it is of, when it is the first."""
+        self.streamed = True
+        if frame.STATE.json or frame.STATE.quiet:
+            return
+        if place != self._open:
+            prompt, sample = divmod(place, self.n)
+            self.end_line()
+            if sample == 0 and len(self.prompts) > 1:
+                print(header(self.prompts[prompt]))
+            print(f"[{sample + 1}] " if self.n > 1 else "", end="")
+        print(piece.text, end="", flush=True)
+        self._open = place
+
+    def end_line(self) -> None:
+        """Ends the line of a completion that was shown, whole or not."""
+        if self._open is not None:
+            print()
+        self._open = None
 
     def _row(
         self, prompt: int, sample: int, text: str, ended: str, ids: list[int], log_probs: list[float],
@@ -139,7 +156,9 @@ class Told:
                 before = place
                 yield (f"[{row['sample'] + 1}] " if self.n > 1 else "") + row["text"]
             if self.scores:
-                yield table(row, titled=self.streamed and len(self.prompts) > 1)
+                number = f"[{row['sample'] + 1}] " if self.n > 1 else ""
+                several = self.streamed and len(self.prompts) * self.n > 1
+                yield table(row, number + header(row["prompt"]) if several else None)
 
     def write(self, out: Path) -> None:
         """A row a line; whole or not at all."""
@@ -156,12 +175,12 @@ def header(prompt: Any) -> str:
     return f"> {line if len(line) <= 100 else line[:97] + '...'}"
 
 
-def table(row: dict[str, Any], *, titled: bool) -> Any:
+def table(row: dict[str, Any], title: str | None) -> Any:
     """The tokens of a completion, and what the composition and each member gave them."""
     from rich.markup import escape
     from rich.table import Table
 
-    found = Table(title=escape(header(row["prompt"])) if titled else None,
+    found = Table(title=None if title is None else escape(title),
                   caption=f"nats; in all {row['log_prob']:.2f}")  # fmt: skip
     found.add_column("token")
     members = row["members"] if len(row["members"]) > 1 else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -134,19 +135,22 @@ def generate(
         plain = [name for name, one in members.items() if one.base.prompt == "plain"]
         if plain and not all(isinstance(text, str) for text in texts):
             frame.notes([f"Of chats, {', '.join(plain)} read the plain text."])
-        if stream:
+        if stream and speculate is None:
             told.stream(said, how)
         else:
-            with frame.progress("Writing") as advance:
+            with nullcontext() if stream else frame.progress("Writing") as advance:
                 done: dict[int, Any] = {}
                 how |= {"members": scores, "progress": advance, "each": done.__setitem__}
                 try:
                     if speculate is not None:
-                        told.add(logits.speculate(ensemble, said, draft=members[speculate], **how))
+                        show = told.show if stream else None
+                        told.add(logits.speculate(ensemble, said, draft=members[speculate], show=show, **how))
                     else:
                         told.add(logits.generate(ensemble, said, group=n, beams=beams, **how))
                 except Exception as error:
                     told.failed(error, done)
+                finally:
+                    told.end_line()
     if out is not None:
         told.write(out)
     told.tell({"model" if asked.single else "expr": asked.text, "models": asked.models, "seed": seed}, out)
@@ -166,8 +170,8 @@ def _fitting(
     stream: bool, speculate: str | None, conjugate: str | None, beams: int | None, n: int, temperature: float
 ) -> None:
     """Raises `SurgeryError` for ways to decode that exclude each other."""
-    if stream and (n > 1 or beams or speculate):
-        raise SurgeryError("--stream shows one completion token by token: not with --n, --beams or --speculate.")
+    if stream and beams:
+        raise SurgeryError("--stream shows completions token by token, and of beams none is sure before its end.")
     if stream and conjugate:
         raise SurgeryError("--conjugate reads an answer back when it is whole: not with --stream.")
     if speculate and (n > 1 or beams):

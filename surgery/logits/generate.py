@@ -130,18 +130,20 @@ def stream(
     sampling: Sampling | None = None,
     seed: int = 0,
     index: int = 0,
+    sample: int = 0,
     members: bool = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Iterator[Piece]:
     """The completion of one prompt, token by token: the texts joined are the text that `generate` gives.
 
-    `index` is the prompt's place among those that `generate` is given. With `members` each piece says what every member
+    `index` is the prompt's place among those that `generate` is given, and `sample` the place in its group. With
+    `members` each piece says what every member
     gave its token. Between pieces the models' modes and torch's gradients are as they were. Raises as `generate` does.
     """
     run = _generator(model, [prompt], tokenizer, sampling, members)
     if not isinstance(run, Composed):
         raise SurgeryError("A stream needs models to decode from; this draws whole completions.")
-    return run.stream(prompt, (seed << 32) + index)
+    return run.stream(prompt, (seed << 32) + index, sample)
 
 
 def room(ensemble: Ensemble, prompts: Sequence[Prompt], most: int = 256) -> int:
@@ -217,10 +219,11 @@ class Composed(LocalGenerator):
             return f"The logits of '{failed}' are not numbers {where}."
         return f"All tokens are forbidden {where}: by the base's own logits, or by what members lack."
 
-    def stream(self, prompt: Prompt, seed: int) -> Iterator[Piece]:
+    def stream(self, prompt: Prompt, seed: int, sample: int = 0) -> Iterator[Piece]:
         """One completion, a piece a token."""
         row = self._readable(0, prompt)
-        noise = torch.from_numpy(uniforms([seed], 1, self.sampling.max_new_tokens))[0].to(self._device)
+        noises = uniforms([seed], sample + 1, self.sampling.max_new_tokens)[0, sample:]
+        noise = torch.from_numpy(noises).to(self._device)
         ids: list[int] = []
         shown = 0
         with undisturbed(*self._models):
@@ -232,18 +235,22 @@ class Composed(LocalGenerator):
                     self._failed = self.decoder.failing(state)
                     raise SurgeryError(self._why(0, t))
                 ids.append(int(token))
-                last = t + 1 == self.sampling.max_new_tokens
-                told = dict(zip(self._names, said(state, token)[0], strict=True)) if self.members else {}
-                ended, text = self._ended(ids)
-                over = last or ended != "length"
-                sure = text if over else _settled(text, self._stop)
-                piece, shown = sure[shown:], max(shown, len(sure))
+                piece = self._piece(ids, float(log_prob), said(state, token)[0] if self.members else [], shown)
+                shown += len(piece.text)
             # Outside: two streams that take turns would restore each other's modes.
-            yield Piece(piece, ids[-1], float(log_prob), told, ended if over else None)
-            if over:
+            yield piece
+            if piece.ended is not None:
                 return
             with undisturbed(*self._models):
                 scores, state = self.decoder.step(token, state)
+
+    def _piece(self, ids: list[int], log_prob: float, told: list[float], shown: int) -> Piece:
+        """The last of the tokens so far, of whose text `shown` characters are out; what the members `told` of it."""
+        ended, text = self._ended(ids)
+        over = ended != "length" or len(ids) == self.sampling.max_new_tokens
+        sure = text if over else _settled(text, self._stop)
+        by_member = dict(zip(self._names, told, strict=True)) if told else {}
+        return Piece(sure[shown:], ids[-1], log_prob, by_member, ended if over else None)
 
 
 def said(state: EnsembleState, tokens: Tensor) -> list[list[float]]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,10 +26,12 @@ from torch import Tensor
 from surgery.decoding import CausalState, Sampling, truncate, undisturbed, uniforms
 from surgery.errors import SurgeryError
 from surgery.logits.ensemble import Ensemble
-from surgery.logits.generate import GREEDY, Composed, Each, Generation, Progress
+from surgery.logits.generate import GREEDY, Composed, Each, Generation, Piece, Progress
 from surgery.logits.lockstep import Encoded, EnsembleState, Reader, readers_of
 from surgery.logits.members import Member, Prompt
 
+Show = Callable[[int, Piece], None]
+"""Called with (the prompt's place, a token and its text), a round's tokens one after the other."""
 LONGEST = 32
 """Tokens beyond which no draft grows."""
 DRAFT, JUDGE, MEND = range(3)
@@ -115,19 +117,20 @@ def speculate(
     members: bool = False,
     progress: Progress | None = None,
     each: Each | None = None,
+    show: Show | None = None,
 ) -> Speculation:
     """One completion of each prompt as `generate` has it, drafted by `draft` (one member), judged by the ensemble.
 
-    Prompts are decoded one by one, whatever `sampling.batch_size` says: rows of a batch would keep different numbers
-    of tokens, and blocks cost least at one row. `draft` need not be a member of the ensemble: if it is (the same model
-    and kind of prompt), its own log-probabilities are those of the draft and it reads nothing twice. `k` tokens are
-    drafted a round; with `adaptive` two more after a round that was kept whole and one less after another, each prompt
-    beginning with `k`. Noise depends on `seed`, the prompt's place and the token's only. Sliding attention keeps all
-    keys and values here, so that it can be cropped.
+    Prompts are decoded one by one, whatever `sampling.batch_size` says: rows of a batch would keep different numbers of
+    tokens, and blocks cost least at one row. `draft` need not be a member of the ensemble: if it is (the same model and
+    kind of prompt), its own log-probabilities are those of the draft and it reads nothing twice. `k` tokens are drafted
+    a round; with `adaptive` two more after a round that was kept whole and one less after another, each prompt
+    beginning with `k`. `show` is given the tokens as rounds bring them. Noise depends on `seed`, the prompt's place and
+    the token's only. Sliding attention keeps all keys and values here, so that it can be cropped.
 
     Raises `SurgeryError` for a draft that is no single plain member, for `k` below 1, and as `generate` does.
     """
-    run = _Speculator(ensemble, draft, sampling, members, k, adaptive)
+    run = _Speculator(ensemble, draft, sampling, members, k, adaptive, show)
     rows = [run._readable(i, prompt) for i, prompt in enumerate(prompts)]
     found: list[Generation] = []
     try:
@@ -196,8 +199,9 @@ class _Speculator(Composed):
     """Completes prompts one by one, in rounds of draft and verdict."""
 
     def __init__(
-        self, ensemble: Ensemble, draft: Ensemble, sampling: Sampling, members: bool, k: int, adaptive: bool
-    ) -> None:
+        self, ensemble: Ensemble, draft: Ensemble, sampling: Sampling, members: bool, k: int, adaptive: bool,
+        show: Show | None = None,
+    ) -> None:  # fmt: skip
         if not isinstance(ensemble, Ensemble):
             raise SurgeryError(f"What judges drafts is an ensemble, and not a {type(ensemble).__name__}.",
                                hint="speculate(member(model), prompts, draft=member(small)).")  # fmt: skip
@@ -207,7 +211,7 @@ class _Speculator(Composed):
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise SurgeryError(f"k is {k!r}: drafts have 1 token or more.")
         super().__init__(ensemble.croppable(), sampling, members)
-        self.k, self.adaptive, self.report = k, adaptive, Report()
+        self.k, self.adaptive, self.report, self.show = k, adaptive, Report(), show
         self.readers, drafter = list(self.decoder.readers), draft.members[0]
         place = next((i for i, one in enumerate(self.decoder.members) if one.key == drafter.key), None)
         self.shared = place is not None
@@ -251,10 +255,13 @@ class _Speculator(Composed):
         k = self.k
         try:
             going = self._begin(index, row, _Row(noise, ids, log_probs))
+            shown = self._show(index, ids, log_probs, 0, 0)
             while len(ids) < self.sampling.max_new_tokens and not self._over(ids):
+                before = len(ids)
                 count, right = self._round(index, going, k)
                 drafted.append(count)
                 kept.append(right)
+                shown = self._show(index, ids, log_probs, before, shown)
                 if self.adaptive:
                     k = min(k + 2, max(LONGEST, self.k)) if right == count else max(k - 1, 1)
         except KeyboardInterrupt:  # `_rollout` sees that it is too short
@@ -348,6 +355,18 @@ class _Speculator(Composed):
         if self.members:
             by_member = [one[0, : len(new)].log_softmax(-1).gather(1, ids.to(one.device)) for one in log_probs]
             self._said.setdefault(index, []).extend(torch.cat(by_member, 1).tolist())
+
+    def _show(self, index: int, ids: list[int], log_probs: list[float], before: int, shown: int) -> int:
+        """Hands out the tokens behind the first `before`, of whose text `shown` characters are out; returns how many
+        are then."""
+        if self.show is None:
+            return shown
+        for at in range(before, len(ids)):
+            told = self._said[index][at] if self.members else []
+            piece = self._piece(ids[: at + 1], log_probs[at], told, shown)
+            shown += len(piece.text)
+            self.show(index, piece)
+        return shown
 
     def _over(self, *parts: list[int]) -> bool:
         """Whether the last token ends the response that the parts are together."""

@@ -7,6 +7,7 @@ import torch
 
 from surgery.activations.scaling import scaled
 from surgery.cli import main
+from surgery.cli.completions import Told
 from surgery.errors import SurgeryError
 from surgery.logits import Ensemble, generate, member
 from surgery.logits.generate import Composed
@@ -73,8 +74,38 @@ def test_draws_are_those_of_the_seed_in_every_way_to_show_them(capsys):
     assert [row["text"] for row in once] == [row["text"] for row in streamed]
     assert [row["text"] for row in told(capsys, *words, "--seed", 4)["completions"]] != [row["text"] for row in once]
     several = told(capsys, *words, "--seed", 3, "--n", 3)["completions"]
+    assert [row["text"] for row in told(capsys, *words, "--seed", 3, "--n", 3, "--stream")["completions"]] == [
+        row["text"] for row in several
+    ]
     assert [(row["prompt"], row["sample"]) for row in several] == [(p, i) for p in ("c", "s b") for i in range(3)]
     assert [several[0]["text"], several[3]["text"]] == [row["text"] for row in once]
+
+
+def test_several_completions_are_streamed_one_after_the_other(capsys):
+    words = ["generate", *EFT, "-p", "c", "-p", "s b", "--temperature", "2", "--max-new-tokens", "6", "--n", "2"]
+    texts = [row["text"] for row in told(capsys, *words)["completions"]]
+    assert main([*words, "--stream", "--scores"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("> c\n[1] {}\n[2] {}\n> s b\n[1] {}\n[2] {}\n".format(*texts))
+    assert all(f"[{i}] > {prompt}" in out for i in (1, 2) for prompt in ("c", "s b"))
+
+
+def test_drafts_are_streamed_round_by_round(capsys, monkeypatch):
+    words = ["generate", *EFT, "-p", CHAIN, "-p", "c abc=", "--speculate", "tuned"]
+    once = told(capsys, *words)
+    streamed = told(capsys, *words, "--stream")
+    assert once["completions"] == streamed["completions"] and streamed["speculation"]["rounds"] > 1
+    shown = []
+    monkeypatch.setattr(Told, "show", lambda self, place, piece: shown.append((place, piece.text)))
+    assert main([*words, "--stream"]) == 0
+    for place, row in enumerate(once["completions"]):
+        assert "".join(text for at, text in shown if at == place) == row["text"]
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert main([*words, "--stream"]) == 0
+    texts = [row["text"] for row in once["completions"]]
+    out = capsys.readouterr().out
+    assert out.startswith(f"> {CHAIN}\n{texts[0]}\n> c abc=\n{texts[1]}\n") and out.count(texts[0]) == 1
 
 
 def test_beams_filters_and_drafts(capsys):
@@ -158,7 +189,7 @@ def test_stop_strings_can_be_new_lines(monkeypatch, capsys):
     assert seen == [("\n\n", "a\\n")]
 
 
-@pytest.mark.parametrize("streamed", [[], ["--stream"], ["--speculate", "tuned"]])
+@pytest.mark.parametrize("streamed", [[], ["--stream"], ["--speculate", "tuned"], ["--speculate", "tuned", "--stream"]])
 def test_ctrl_c_leaves_what_is_there(streamed, capsys, tmp_path, monkeypatch):
     whole = told(capsys, "generate", *EFT, "-p", CHAIN)["completions"][0]
     calls, out = [], tmp_path / "said.jsonl"
@@ -183,7 +214,15 @@ def test_ctrl_c_leaves_what_is_there(streamed, capsys, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "how", ["--batch-size 1", "--batch-size 8", "--stream", "--speculate tuned", "--beams 2 --batch-size 2"]
+    "how",
+    [
+        "--batch-size 1",
+        "--batch-size 8",
+        "--stream",
+        "--speculate tuned",
+        "--stream --speculate tuned",
+        "--beams 2 --batch-size 2",
+    ],
 )
 @pytest.mark.parametrize("kind", [SurgeryError, RuntimeError])
 def test_an_error_leaves_what_was_done(how, kind, capsys, tmp_path, monkeypatch):
@@ -310,7 +349,7 @@ def test_chat_templates_by_model(capsys, tmp_path):
         ([*EFT, "-p", "x", "--conjugate", "rot14"], "Did you mean 'rot13'?"),
         (["tiny-base", "-p", "x", "--n", "2"], "the same 2 times"),
         (["tiny-base", "-p", "x", "--n", "4", "--beams", "2"], "at most 2"),
-        (["tiny-base", "-p", "x", "--stream", "--beams", "2"], "--stream shows"),
+        (["tiny-base", "-p", "x", "--stream", "--beams", "2"], "of beams none is sure"),
         (["tiny-base", "-p", "x", "--stream", "--conjugate", "rot13"], "not with --stream"),
         (["tiny-base", "-p", "x", "--speculate", "y", "--beams", "2"], "--speculate gives"),
         (["tiny-base", "-p", "x", "--top-p", "0"], "top_p"),

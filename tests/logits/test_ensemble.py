@@ -219,6 +219,15 @@ def test_a_stream_is_what_generate_gives(a, b):
         )
 
 
+def test_each_of_a_group_can_be_streamed(a, b):
+    sampling = Sampling(12, temperature=2.0)
+    group = generate(a + b, PROMPTS[:2], sampling=sampling, group=3, seed=4)[3:]
+    for sample, one in enumerate(group):
+        pieces = stream(a + b, PROMPTS[1], sampling=sampling, seed=4, index=1, sample=sample)
+        assert [p.token for p in pieces] == one.completion_ids
+    assert len({tuple(one.completion_ids) for one in group}) == 3
+
+
 def test_members_scores_are_each_models_own(a, b):
     (g,) = generate(a + 0.5 * b, [PROMPTS[1]], sampling=Sampling(6), members=True)
     ids = torch.tensor([g.prompt_ids + g.completion_ids])

@@ -280,6 +280,23 @@ def test_what_is_no_draft_is_refused_in_a_sentence(large, tuned, small):
         speculate(large + broken, [[5]], draft=large, sampling=GREEDY)
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(20, temperature=1.5, stop=("ab", "7"))])
+def test_it_shows_tokens_as_rounds_bring_them(large, tuned, small, sampling):
+    seen = []
+    found = speculate(
+        large + (tuned - small), PROMPTS, draft=tuned, sampling=sampling, seed=2, members=True,
+        show=lambda place, piece: seen.append((place, piece)),
+    )  # fmt: skip
+    assert [place for place, _ in seen] == [i for i, one in enumerate(found) for _ in one.completion_ids]
+    for i, one in enumerate(found):
+        pieces = [piece for place, piece in seen if place == i]
+        assert "".join(piece.text for piece in pieces) == one.text
+        assert [piece.token for piece in pieces] == one.completion_ids
+        assert [piece.log_prob for piece in pieces] == one.log_probs
+        assert [piece.members["small"] for piece in pieces] == one.members["small"]
+        assert [piece.ended for piece in pieces] == [None] * (len(pieces) - 1) + [one.ended]
+
+
 def test_interrupted_it_returns_what_is_there(large, tuned, small, monkeypatch):
     from surgery.logits.lockstep import Reader
 
