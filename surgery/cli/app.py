@@ -10,6 +10,7 @@ import typer
 import surgery
 from surgery.cli import (
     circuit,
+    delta,
     demo,
     evaluate,
     explore,
@@ -22,12 +23,14 @@ from surgery.cli import (
     recipes,
     rollouts,
     train,
+    tune,
     zoo,
 )
 from surgery.cli.frame import Debug, Json, Quiet, new_app, set_global, unwrapped
 
 app = new_app()
 app.add_typer(look.app, name="vector")  # the group of vector.py, with `inspect` and `check`
+app.add_typer(delta.app, name="delta")
 merge.register(app)
 methods.register(app)
 app.add_typer(zoo.app, name="zoo")
@@ -38,6 +41,7 @@ patch.register(app)
 pairs.register(app)
 app.add_typer(circuit.app, name="circuit")
 train.register(app)
+app.add_typer(tune.app, name="tune")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(rollouts.app, name="rollouts")
 demo.register(app)

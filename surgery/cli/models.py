@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from surgery.weights.recipe import ModelRef, Recipe
     from surgery.weights.vector import TaskVector
 
+VECTORS = ("task vector", "sparse delta")
+"""The kinds of files that hold a vector, as their metadata say it."""
+
 
 def model(spec: str) -> str:
     """`spec` with names of the zoo replaced by folders, where no such path exists."""
@@ -31,7 +34,7 @@ def in_recipe(recipe: Recipe) -> Recipe:
 
 
 def is_vector(spec: str) -> bool:
-    """Whether `spec` is a task vector that was written by `surgery vector extract` or `combine`."""
+    """Whether `spec` was written by `surgery vector extract` or `combine`, or is a sparse delta."""
     from surgery.checkpoint import Checkpoint, open_checkpoint, read_header
 
     path = Path(spec).expanduser()
@@ -39,7 +42,7 @@ def is_vector(spec: str) -> bool:
         return False
     source = open_checkpoint(path)
     file = next((info.file for info in source.tensors.values()), None) if isinstance(source, Checkpoint) else None
-    return file is not None and read_header(file).metadata.get("kind") == "task vector"
+    return file is not None and read_header(file).metadata.get("kind") in VECTORS
 
 
 def vector(spec: str, base: str | None = None, *, numbers: bool = True) -> TaskVector:

@@ -70,12 +70,16 @@ class TaskVector:
 
     @classmethod
     def load(cls, path: str | Path, base: Source | str | Path | None = None) -> TaskVector:
-        """A vector that was saved. The lossless form needs its `base` to be read as numbers (not to be applied).
+        """A vector that was saved, or a sparse delta (delta_file.py).
 
-        Raises `SurgeryError` when `base` is another one: by its tensors at once, by its numbers when they are read.
+        The lossless form and deltas of mode "set" need their `base` to be read as numbers (not to be applied). Raises
+        `SurgeryError` when `base` is another one: by its tensors at once, by its numbers when they are read.
         """
+        from surgery.weights.delta_file import SparseDelta, is_delta
         from surgery.weights.vector_file import Stored, VectorFile
 
+        if is_delta(path):
+            return SparseDelta.load(path).vector(base)
         stored = Stored(VectorFile(path))
         return cls(stored if base is None else stored.bound(_open(base)))
 

@@ -12,10 +12,10 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -165,7 +165,7 @@ def _metadata(
         "form": form.name,
         "options": form.options,
         "definition": str(expression),
-        "base": None if anchor is None else _identity(anchor.name, anchor.header, anchor.source, anchor.about),
+        "base": None if anchor is None else identity(anchor.name, anchor.header, anchor.source, anchor.about),
         "tuned": None,
         "checksums": sums,
         "dtype_policy": "tuned - base in float32 (float64 if one of them is), rounded once on writing",
@@ -173,11 +173,12 @@ def _metadata(
     }
     if isinstance(expression, Difference):
         tuned = Anchor.of(expression.tuned)
-        content["tuned"] = _identity(tuned.name, tuned.header, tuned.source, {})
+        content["tuned"] = identity(tuned.name, tuned.header, tuned.source, {})
     return {k: v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for k, v in content.items()}
 
 
-def _identity(name: str, header: str, source: Source | None, about: Mapping[str, Any]) -> dict[str, Any]:
+def identity(name: str, header: str, source: Source | None, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of a model: from `source`, or as it is known already (`about`)."""
     if source is None:
         return dict(about)
     return {
@@ -239,54 +240,47 @@ class VectorFile:
         return self.source.read(_part_name(name, part), start, stop)
 
 
-@dataclass(frozen=True, eq=False)
-class Stored(Expression):
-    """A vector read from a file; `base` is needed by forms that keep the tuned model rather than the difference.
+class Record(Protocol):
+    """What a file says of the base that its vector was taken from."""
 
-    Every tensor of the base is held against its checksum in the file when it is first used, unless it is `trusted`:
+    @property
+    def path(self) -> Path: ...
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    @property
+    def base(self) -> Mapping[str, Any] | None: ...
+    @property
+    def checksums(self) -> Mapping[str, str]: ...
+    @property
+    def definition(self) -> str: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded(Expression):
+    """A vector with a record of its base; `base` itself is needed where the tuned model is kept, not the difference.
+
+    Every tensor of the base is held against its checksum in the record when it is first used, unless it is `trusted`:
     with other numbers the difference would be wrong, and nothing would show it.
     """
 
-    file: VectorFile
+    file: Record
     base: Source | None = None
     trusted: bool = False
     _compared: set[str] = field(default_factory=set, repr=False)
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:  # type: ignore[override]
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:  # type: ignore[override]
         return self.file.shapes
-
-    def kept(self, name: str) -> Kept:
-        file = self.file
-        return Kept(name, file.shapes[name], file.notes[name], partial(file.part, name), self.base)
-
-    def flat(self, name: str, start: int, stop: int) -> Tensor:
-        self._compare(name)
-        numbers = self.file.form.decode(self.kept(name), start, stop)
-        if not bool(torch.isfinite(numbers.sum())):
-            self.refuse(name, numbers)
-        return numbers
 
     @property
     def sound(self) -> bool:
         return True  # it was looked at when it was written
 
-    def exact(self, name: str) -> str | None:
-        return self.file.notes[name]["dtype"] if self.file.form.name == "lossless" else None
-
-    def restored(self, name: str, start: int, stop: int, base: Tensor) -> Tensor:
-        self._compare(name)
-        return self.file.form.restore(self.kept(name), start, stop, base)  # type: ignore[attr-defined]
-
-    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
-        form = self.file.form
-        return form.factors(self.kept(name)) if isinstance(form, LowRankForm) else None
-
-    def bound(self, base: Source, *, trusted: bool = False) -> Stored:
+    def bound(self, base: Source, *, trusted: bool = False) -> Recorded:
         """The same vector with its base at hand. Raises `SurgeryError` when that has other tensors than its own."""
         about = self.file.base
         if trusted or about is None:
-            return Stored(self.file, base, trusted)
+            return replace(self, base=base, trusted=trusted, _compared=set())
         if about.get("header") != header_hash(getattr(base, "inner", base)):
             for name, shape in self.shapes.items():
                 info = base.tensors.get(name)
@@ -296,10 +290,10 @@ class Stored(Expression):
         pair, head = tied_pair(base), output_head(self.shapes)
         if pair is not None and head is not None:  # the tuned model got a head of its own
             base = View(base, {pair[1]}, {head: pair[0]})
-        return Stored(self.file, base)
+        return replace(self, base=base, trusted=False, _compared=set())
 
     def _compare(self, name: str) -> None:
-        """Holds one tensor of the base against its checksum, once, if the form reads it."""
+        """Holds one tensor of the base against its checksum, once, if the numbers depend on it."""
         if self.base is None or self.trusted or name in self._compared or self.exact(name) is None:
             return
         known = self.file.checksums.get(name)
@@ -325,3 +319,32 @@ class Stored(Expression):
 
     def __str__(self) -> str:
         return self.file.definition
+
+
+@dataclass(frozen=True, eq=False)
+class Stored(Recorded):
+    """A vector read from a file in one of the forms of formats.py."""
+
+    file: VectorFile
+
+    def kept(self, name: str) -> Kept:
+        file = self.file
+        return Kept(name, file.shapes[name], file.notes[name], partial(file.part, name), self.base)
+
+    def flat(self, name: str, start: int, stop: int) -> Tensor:
+        self._compare(name)
+        numbers = self.file.form.decode(self.kept(name), start, stop)
+        if not bool(torch.isfinite(numbers.sum())):
+            self.refuse(name, numbers)
+        return numbers
+
+    def exact(self, name: str) -> str | None:
+        return self.file.notes[name]["dtype"] if self.file.form.name == "lossless" else None
+
+    def restored(self, name: str, start: int, stop: int, base: Tensor) -> Tensor:
+        self._compare(name)
+        return self.file.form.restore(self.kept(name), start, stop, base)  # type: ignore[attr-defined]
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        form = self.file.form
+        return form.factors(self.kept(name)) if isinstance(form, LowRankForm) else None

@@ -13,6 +13,7 @@ COMMANDS = [
     ["merge"], ["methods"], ["eval"], ["train"], ["demo"], ["zoo", "list"], ["zoo", "get"],
     ["recipes", "list"], ["recipes", "show"], ["rollouts", "inspect"],
     *(["vector", word] for word in ("extract", "apply", "combine", "inspect", "check", "export-lora")),
+    *(["delta", word] for word in ("extract", "apply", "overlap", "convert")),
 ]  # fmt: skip
 HEAVY = """
 import sys
@@ -42,7 +43,7 @@ def test_the_list_of_commands_here_is_whole(capsys):
     main(["--help"])
     listed = capsys.readouterr().out
     assert all(command[0] in listed for command in COMMANDS)
-    for group in ("vector", "zoo", "recipes", "rollouts"):
+    for group in ("vector", "delta", "zoo", "recipes", "rollouts"):
         main([group, "--help"])
         shown = [line.split()[1] for line in capsys.readouterr().out.partition("Commands")[2].splitlines()
                  if line.startswith("│ ") and line[2] != " "]  # fmt: skip
