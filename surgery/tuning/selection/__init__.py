@@ -88,7 +88,8 @@ def choose_by(
     if selector.budgeted == "never" and budget.given:
         raise SurgeryError(f"The selection '{name}' takes no budget: it says itself what moves.")
     found = targets(model, modules or selector.modules, matrices=selector.matrices)
-    evidence = gathered(model, found, selector.needs, batches=batches, loss=loss, sibling=sibling)
+    evidence = gathered(model, found, selector.needs, batches=batches, loss=loss, sibling=sibling,
+                        lr=getattr(selector, "lr", 1e-3))  # fmt: skip
     turn = turn or Round()
     places = dict(selector.pick(found, budget, evidence, turn))
     order = {t.name: t.shape for t in found}

@@ -57,7 +57,8 @@ class Scored(Selector):
 
     def pick(self, targets: Sequence[Target], budget: Budget, evidence: Evidence, turn: Round) -> Mapping[str, Places]:
         shapes = {t.name: t.shape for t in targets}
-        return choose(((t.name, self.score(t, evidence)) for t in targets), shapes, budget)
+        transposed = {t.name for t in targets if t.transposed}
+        return choose(((t.name, self.score(t, evidence)) for t in targets), shapes, budget, transposed)
 
 
 SELECTORS: Registry[type[Selector]] = Registry("selection")

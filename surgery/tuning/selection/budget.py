@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +21,8 @@ class Budget:
     """One of `density` (share of the numbers), `count` (of all of them), or `lora_rank`: as many numbers as a LoRA of
     that rank has, r (m + n) of each m x n matrix (LIFT, arXiv:2506.00772).
 
-    `scope` says who competes: the numbers of each tensor (LIFT), of each row, or of all tensors (LT-SFT).
+    `scope` says who competes: the numbers of each tensor (LIFT), of each row, or of all tensors (LT-SFT). A row is
+    what feeds one output of a projection.
     """
 
     density: float | None = None
@@ -40,8 +41,10 @@ class Budget:
                                hint="It is a share: above 0, at most 1.")  # fmt: skip
         for name in ("count", "lora_rank"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SurgeryError(f"A budget of {name} {value} selects nothing.", hint="It is 1 or more.")
+            if value is not None and (value < 1 or value != int(value)):
+                raise SurgeryError(
+                    f"A budget of {name} {value:g} can't be met.", hint="It is a whole number, 1 or more."
+                )
 
     @property
     def given(self) -> bool:
@@ -53,23 +56,29 @@ class Budget:
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
         if self.lora_rank is not None:
             return {name: _lora(shape, self.lora_rank) for name, shape in shapes.items()}
+        total, count = sum(sizes.values()), self.count
         if self.density is not None:
             found = {name: math.floor(self.density * size + 0.5) for name, size in sizes.items()}
-            if not any(found.values()):
-                raise SurgeryError(f"A density of {self.density:g} selects nothing of {sum(sizes.values()):,} numbers.",
+            count = math.floor(self.density * total + 0.5)
+            if not (count if self.scope == "global" else any(found.values())):
+                raise SurgeryError(f"A density of {self.density:g} selects nothing of {total:,} numbers.",
                                    hint="Raise it.")  # fmt: skip
-            return found
-        if self.count is None:
+            return _divided(count, sizes) if self.scope == "global" else found
+        if count is None:
             raise SurgeryError("No budget is given.", hint="density=0.05, count=10000 or lora_rank=8.")
-        total = sum(sizes.values())
-        if self.count > total:
-            raise SurgeryError(f"A budget of {self.count:,} numbers is more than the {total:,} that there are.")
-        exact = {name: self.count * size / total for name, size in sizes.items()}
-        found = {name: math.floor(share) for name, share in exact.items()}
-        by_rest = sorted(found, key=lambda name: found[name] - exact[name])  # largest remainders first; stable
-        for name in by_rest[: self.count - sum(found.values())]:
-            found[name] += 1
-        return found
+        if count > total:
+            raise SurgeryError(f"A budget of {count:,} numbers is more than the {total:,} that there are.")
+        return _divided(int(count), sizes)
+
+
+def _divided(count: int, sizes: Mapping[str, int]) -> dict[str, int]:
+    """`count` by size, the largest remainders rounded up; of equal ones the first."""
+    total = sum(sizes.values())
+    found = {name: count * size // total for name, size in sizes.items()}
+    by_rest = sorted(found, key=lambda name: -(count * sizes[name] % total))
+    for name in by_rest[: count - sum(found.values())]:
+        found[name] += 1
+    return found
 
 
 def _lora(shape: tuple[int, ...], rank: int) -> int:
@@ -78,12 +87,16 @@ def _lora(shape: tuple[int, ...], rank: int) -> int:
 
 
 def choose(
-    scores: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], budget: Budget
+    scores: Iterable[tuple[str, Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+    budget: Budget,
+    transposed: Collection[str] = (),
 ) -> dict[str, Places]:
     """The places with the highest scores within the budget; `scores` come one tensor at a time, in any order.
 
     Exactly as many as the budget says; of equal scores the first positions win (in `shapes`' order of tensors).
-    Raises `SurgeryError` for scores that are NaN.
+    `transposed` are tensors that are kept (in, out): their rows are the stored columns. Raises `SurgeryError` for
+    scores that are NaN.
     """
     shares = budget.shares(shapes)
     if budget.scope == "global":
@@ -91,7 +104,12 @@ def choose(
     found: dict[str, Places] = {}
     for name, values in scores:
         _check(name, values)
-        places = _by_row(values, shares[name]) if budget.scope == "row" else top_places(values, shares[name])
+        if budget.scope == "row":
+            places = (
+                _by_row(values.mT, shares[name], back=True) if name in transposed else _by_row(values, shares[name])
+            )
+        else:
+            places = top_places(values, shares[name])
         found[name] = narrow(places, values.numel())
     return {name: found[name] for name in shapes if len(found[name])}  # type: ignore[arg-type]
 
@@ -109,8 +127,8 @@ def top_places(scores: Tensor, k: int) -> Tensor:
     return above.nonzero().view(-1)
 
 
-def _by_row(scores: Tensor, k: int) -> Tensor:
-    """k places shared out evenly over the rows (the first ones get what is left over)."""
+def _by_row(scores: Tensor, k: int, *, back: bool = False) -> Tensor:
+    """k places shared out evenly over the rows (the first ones get what is left over); `back`: places of scores.mT."""
     rows = scores.reshape(-1, scores.shape[-1])
     each, more = divmod(k, len(rows))
     order = rows.argsort(dim=1, descending=True, stable=True)
@@ -118,7 +136,8 @@ def _by_row(scores: Tensor, k: int) -> Tensor:
     kept.scatter_(1, order[:, :each], True)
     if more:
         kept[:more].scatter_(1, order[:more, each : each + 1], True)
-    return kept.view(-1).nonzero().view(-1)
+    kept = kept.view(scores.shape)
+    return (kept.mT if back else kept).reshape(-1).nonzero().view(-1)
 
 
 def _together(scores: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], k: int) -> dict[str, Places]:
@@ -129,7 +148,9 @@ def _together(scores: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[i
     for name, values in scores:
         _check(name, values)
         flat = values.reshape(-1).float()
-        places = top_places(flat, k) if floor is None else (flat >= floor).nonzero().view(-1)
+        places = None if floor is None else (flat >= floor).nonzero().view(-1)
+        if places is None or len(places) > k:
+            places = top_places(flat, k)
         kept.append((flat[places], torch.full_like(places, order[name]), places))
         held += len(places)
         if held > 2 * k:

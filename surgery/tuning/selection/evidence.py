@@ -85,16 +85,32 @@ def _own_loss(model: nn.Module) -> Loss:
 
 
 @contextmanager
-def _gradients_of(model: nn.Module, targets: Sequence[Target]) -> Iterator[None]:
-    """Only the targets have gradients inside; flags and gradients are as before afterwards."""
+def _gradients_of(
+    model: nn.Module, targets: Sequence[Target], take: Callable[[Target], Callable[[Tensor], None]]
+) -> Iterator[None]:
+    """Only the targets have gradients inside, which go to their `take`; all flags, gradients and hooks are kept.
+
+    Hooks that gradients go to besides (an optimizer's that trains the model) rest meanwhile.
+    """
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     wanted = {id(t.parameter) for t in targets}
+    handles, resting = [], []
     try:
         for p, _, _ in flags:
             p.requires_grad_(id(p) in wanted)
             p.grad = None
+        for target in targets:
+            hooks = getattr(target.parameter, "_post_accumulate_grad_hooks", None)
+            if hooks:
+                resting.append((hooks, dict(hooks)))
+                hooks.clear()
+            handles.append(target.parameter.register_post_accumulate_grad_hook(take(target)))
         yield
     finally:
+        for handle in handles:
+            handle.remove()
+        for hooks, held in resting:
+            hooks.update(held)
         for p, flag, gradient in flags:
             p.requires_grad_(flag)
             p.grad = gradient
@@ -127,14 +143,11 @@ def _backward(
 
         return hook
 
-    handles = [t.parameter.register_post_accumulate_grad_hook(take(t)) for t in targets]
     try:
-        with _gradients_of(model, targets), torch.enable_grad():
+        with _gradients_of(model, targets, take), torch.enable_grad():
             for batch in batches:
                 loss(batch).backward()
     finally:
-        for handle in handles:
-            handle.remove()
         with torch.no_grad():
             for target in targets:
                 if target.name in kept:
@@ -150,6 +163,8 @@ def _forward(model: nn.Module, targets: Sequence[Target], batches: Iterable[Any]
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if not args or not args[0].is_floating_point():
+                return
             here = args[0].detach().reshape(-1, args[0].shape[-1]).float().square().sum(0)
             sums[name] = sums[name] + here if name in sums else here
 

@@ -35,8 +35,10 @@ class Half(Selector):
     | model | any tensors of the layers |
 
     Of an odd number the ceiling or the floor is taken, whichever keeps the share so far closest to the ratio, so that
-    MLPs alternate between one and two of three. What is in no layer (embedding, head, last norm) is `outside`: "train",
-    or "freeze". `balance` counts tensors (the paper) or "elements", which tells GQA's small k and v from q and o.
+    MLPs alternate between one and two of three; the paper takes two in half of the layers and one in the others. What
+    is in no layer (embedding, head, last norm) is `outside`: "train" as in the paper, or "freeze". The paper reports
+    that ratios from 0.4 to 0.6 do about as well, and categories better than layers, layers better than any tensors.
+    `balance` counts tensors (the paper) or "elements", which tells GQA's small k and v from q and o.
     Weight and bias of one projection are one member, and so is a fused projection.
     """
 

@@ -154,7 +154,7 @@ class Selection:
             if not parameter.is_floating_point():
                 raise SurgeryError(f"'{name}' is quantised ({parameter.dtype}): its numbers can't move by themselves.",
                                    hint="Load the model unquantised, or train a LoRA beside it.")  # fmt: skip
-            places = self.places[name]
+            places = self.places.get(name)
             if isinstance(places, Slice) and len(shape) != 2:
                 raise SurgeryError(f"'{name}' is {list(shape)}: only matrices have rows and columns.")
             flat = places.index if isinstance(places, Slice) else places
@@ -186,12 +186,14 @@ class Selection:
         shapes = {name: tuple(entry["shape"]) for name, entry in words["tensors"].items()}
         return cls(places, shapes, words["method"], words["total"], words["notes"])
 
-    def save(self, path: str | Path) -> None:
-        """Writes it as one safetensors file."""
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Writes it as one safetensors file. Raises `SurgeryError` where there is one already, unless `force`."""
         from safetensors.torch import save_file
 
         tensors, words = self.tensors()
         path = Path(path)
+        if path.exists() and not force:
+            raise SurgeryError(f"There is already something at {path}.", hint="force=True overwrites it.")
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         held = {n: t.cpu().contiguous() for n, t in tensors.items()} or {":nothing": torch.zeros(1)}
         save_file(held, temporary, {"kind": "selection", "selection": json.dumps(words)})

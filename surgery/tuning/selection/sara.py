@@ -35,7 +35,10 @@ class Sara(Selector):
             raise SurgeryError("SaRA takes either a threshold above 0 or a budget.",
                                hint="threshold=2e-3, or density=0.1.")  # fmt: skip
         if turn.before is not None:
-            before, limit = turn.before, self.threshold or turn.before.notes["threshold"]
+            before, limit = turn.before, self.threshold or turn.before.notes.get("threshold")
+            if limit is None:
+                raise SurgeryError(f"The selection before ('{before.method}') knows no threshold of SaRA's.",
+                                   hint="Go on from a selection that SaRA made, or give a threshold.")  # fmt: skip
             found = {}
             for target in (t for t in targets if t.name in before):
                 places = before.flat(target.name).to(target.parameter.device)

@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,8 +23,10 @@ import torch
 from torch import Tensor
 
 from surgery.errors import SurgeryError
-from surgery.tuning.selection.base import SELECTORS, Scored
+from surgery.tuning.selection.base import SELECTORS, Round, Scored
+from surgery.tuning.selection.budget import Budget, choose
 from surgery.tuning.selection.evidence import Evidence
+from surgery.tuning.selection.places import Places
 from surgery.tuning.selection.principal import nearest_of_rank
 from surgery.tuning.selection.targets import Target
 
@@ -52,6 +55,8 @@ class Lift(Scored):
     def score(self, target: Target, evidence: Evidence) -> Tensor:
         if self.rank < 1:
             raise SurgeryError(f"LIFT approximates by a rank of 1 or more, found {self.rank}.")
+        if not bool(target.weight.isfinite().all()):
+            raise SurgeryError(f"'{target.name}' holds numbers that are not finite.", hint="Look at the checkpoint.")
         return directed(nearest_of_rank(target.weight, self.rank).abs(), self.direction)
 
 
@@ -116,7 +121,12 @@ class Fisher(Scored):
 @SELECTORS.register("movement")
 @dataclass(frozen=True)
 class Movement(Scored):
-    """The numbers that move away from zero most, along gradient descent on the batches (arXiv:2005.07683)."""
+    """The numbers that move away from zero most, along gradient descent of step `lr` on the batches (arXiv:2005.07683).
+
+    The model is as before afterwards.
+    """
+
+    lr: float = 1e-3
 
     needs = ("movement",)
 
@@ -134,7 +144,7 @@ class Wanda(Scored):
 
     def score(self, target: Target, evidence: Evidence) -> Tensor:
         norms = evidence.inputs.get(target.name)
-        if norms is None or norms.shape[0] != target.shape[0 if target.transposed else -1]:
+        if norms is None or len(target.shape) != 2 or norms.shape[0] != target.shape[0 if target.transposed else -1]:
             raise SurgeryError(f"The inputs of '{target.name}' are not known: the data do not reach it.",
                                hint="Leave it out by `modules`.")  # fmt: skip
         return target.weight.abs() * (norms[:, None] if target.transposed else norms)
@@ -145,7 +155,8 @@ class Wanda(Scored):
 class Delta(Scored):
     """The numbers that a fine-tuned sibling changed most: LT-SFT's ticket (arXiv:2110.07560), of all tensors together.
 
-    The sibling may be this model after full fine-tuning (LT-SFT), or another checkpoint of its family.
+    The sibling may be this model after full fine-tuning (LT-SFT), or another checkpoint of its family. Selected again,
+    it grows: what was chosen before stays chosen.
     """
 
     needs = ("sibling",)
@@ -159,6 +170,16 @@ class Delta(Scored):
                 f"The sibling's '{target.name}' is {list(other.shape)}, the model's {list(target.shape)}."
             )
         return (other.to(target.parameter.device).float() - target.weight).abs()
+
+    def pick(self, targets: Sequence[Target], budget: Budget, evidence: Evidence, turn: Round) -> Mapping[str, Places]:
+        def scores() -> Iterator[tuple[str, Tensor]]:
+            for target in targets:
+                found = self.score(target, evidence)
+                if turn.before is not None:
+                    found.view(-1)[turn.before.flat(target.name).to(found.device)] = torch.inf
+                yield target.name, found
+
+        return choose(scores(), {t.name: t.shape for t in targets}, budget)
 
 
 def generator(seed: int, name: str) -> torch.Generator:
