@@ -62,9 +62,11 @@ def ready(recipe: Recipe, folder: Path, *, resume: bool, only: bool) -> Ready:
     if not only:
         check_folder(folder, resume)
     samples = parts.rewards is not None and ("rollouts" in parts.source.gives or _samples(parts.source))
-    trainable = _trainable(recipe)
     notes = _going_on(recipe, folder) if resume else []
-    memory = _memory(recipe, parts)  # the first that needs transformers: by now nothing is known to be wrong
+    _check_names(recipe)
+    model = empty(recipe.model)  # the first that needs transformers: by now nothing is known to be wrong
+    trainable = _trainable(recipe, parts, model)
+    memory = _memory(recipe, parts, model)
     told = {
         "recipe": recipe.name,
         "objective": written(parts.objective),
@@ -74,6 +76,7 @@ def ready(recipe: Recipe, folder: Path, *, resume: bool, only: bool) -> Ready:
         "reward": _rewards(parts) if samples else "",
         "model": str(recipe.model),
         "backbone": _short(recipe.backbone) if recipe.backbone else "",
+        "tuning": tuned(parts),
         "trainable": trainable,
         "updates": _updates(recipe, samples),
         "evaluation": f"greedy, {recipe.evaluate.n} rows every {recipe.evaluate.every} steps"
@@ -94,11 +97,12 @@ def written(thing: Any) -> str:
     from surgery.training.curriculum import CURRICULA
     from surgery.training.objectives import OBJECTIVES
     from surgery.training.sources import SOURCES
+    from surgery.tuning.plan import NAMES
 
     if (parts := getattr(thing, "parts", None)) is not None:
         many = [part if isinstance(part, tuple) else (1.0, part) for part in parts]
         return " + ".join((f"{weight} * " if weight != 1.0 else "") + written(part) for weight, part in many)
-    known: dict[str, Any] = {**OBJECTIVES, **SOURCES, **CURRICULA}
+    known: dict[str, Any] = {**OBJECTIVES, **SOURCES, **CURRICULA, **NAMES}
     name = next((n for n, kind in known.items() if kind is type(thing)), type(thing).__name__)
     told = []
     for f in fields(thing) if is_dataclass(thing) else ():
@@ -126,44 +130,79 @@ def _rewards(parts: Plan) -> str:
     return " + ".join(name if weight == 1.0 else f"{weight:g} * {name}" for name, weight in weights.items())
 
 
-def _trainable(recipe: Recipe) -> str:
-    """How many numbers move, by the names in the checkpoint's header."""
+def _check_names(recipe: Recipe) -> None:
+    """Raises `SurgeryError` when no tensor of the checkpoint fits `trainable` and `frozen`."""
     from surgery.checkpoint import open_checkpoint
 
-    sizes = {name: info.numel for name, info in open_checkpoint(models.model(str(recipe.model))).tensors.items()}
-    moving = {name for name in sizes if recipe.moves(name)}
-    if not moving:
+    names = open_checkpoint(models.model(str(recipe.model))).tensors
+    if not any(recipe.moves(name) for name in names):
         raise SurgeryError(
             "No parameter of the model may move.",
-            hint=f"`trainable` and `frozen` are patterns over names like {next(iter(sizes))}.",
+            hint=f"`trainable` and `frozen` are patterns over names like {next(iter(names))}.",
         )
-    many, all_ = sum(sizes[name] for name in moving), sum(sizes.values())
-    return f"{many:,} of {all_:,} numbers" + ("" if many == all_ else f", in {frame.count(len(moving), 'tensor')}")
 
 
-def _memory(recipe: Recipe, parts: Plan) -> Memory:
-    """Of one process, from models without numbers and from the lengths of the first rows."""
+def _trainable(recipe: Recipe, parts: Plan, model: Any) -> str:
+    """How many numbers move."""
+    from surgery.training.memory import moves
+
+    moving = moves(recipe, parts.tuning, model).numbers
+    all_ = sum(p.numel() for p in model.parameters())
+    told = f"{moving:,} of {all_:,} numbers"
+    if parts.tuning is None:
+        names = [n for n, _ in model.named_parameters() if recipe.moves(n)]
+        return told + ("" if moving == all_ else f", in {frame.count(len(names), 'tensor')}")
+    return told + (" beside the model's" if hasattr(parts.tuning, "rank") else "") + f" ({moving / all_:.2%})"
+
+
+def tuned(parts: Plan) -> str:
+    """`lift (rank 32), density 0.05 of each tensor, anew every 100 steps`."""
+    tuning: Any = parts.tuning
+    if not hasattr(tuning, "selector"):
+        return "" if tuning is None else written(tuning)
+    budget, told = tuning.budget, [written(tuning.selector)]
+    told += [f"{name} {getattr(budget, name):g}" for name in ("density", "count", "lora_rank") if getattr(budget, name)]
+    told += [f"of each {budget.scope}" if budget.scope != "global" else "of all tensors together"] * budget.given
+    told += [f"anew every {frame.count(tuning.refresh, 'step')}"] * bool(tuning.refresh)
+    return ", ".join(told)
+
+
+def empty(name: Any) -> Any:
+    """The model without numbers: names and shapes. Raises `SurgeryError` for what can't be loaded."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from surgery.checkpoint.reader import locate
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(locate(models.model(str(name))))).float()
+    except (OSError, ValueError) as error:
+        raise SurgeryError(f"The model '{name}' can't be loaded: {str(error).splitlines()[0]}") from error
+
+
+def tokenizer_of(name: Any) -> Any:
+    """The tokenizer of a model. Raises `SurgeryError` for what can't be loaded."""
+    from transformers import AutoTokenizer
+
+    from surgery.checkpoint.reader import locate
+
+    try:
+        return AutoTokenizer.from_pretrained(locate(models.model(str(name))))
+    except (OSError, ValueError) as error:
+        raise SurgeryError(f"The model '{name}' can't be loaded: {str(error).splitlines()[0]}") from error
+
+
+def _memory(recipe: Recipe, parts: Plan, model: Any) -> Memory:
+    """Of one process, from models without numbers and from the lengths of the first rows."""
     from surgery.training.memory import estimate, lengths
 
-    def empty(name: Any) -> Any:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(locate(models.model(str(name)))))
-
     backbones = recipe.backbone if isinstance(recipe.backbone, list) else [recipe.backbone] if recipe.backbone else []
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(locate(models.model(str(recipe.model))))
-        model, frozen = empty(recipe.model), [empty(name) for name in backbones]
-    except (OSError, ValueError) as error:
-        raise SurgeryError(f"The model '{recipe.model}' can't be loaded: {str(error).splitlines()[0]}") from error
+    frozen = [empty(name) for name in backbones]
+    tokenizer = tokenizer_of(recipe.model)
     prompt, completion = lengths(recipe, parts, tokenizer)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return estimate(
-        recipe, model.float(), parts, prompt=prompt, completion=completion, backbones=frozen, processes=processes
-    )
+    return estimate(recipe, model, parts, prompt=prompt, completion=completion, backbones=frozen, processes=processes)
 
 
 def _updates(recipe: Recipe, samples: bool) -> str:

@@ -219,11 +219,11 @@ def finish(trainer: Trainer) -> None:
     if trainer.world.main:
         temporary = out / f".model.{os.getpid()}"
         try:
-            model.save_pretrained(temporary, **state)  # type: ignore[operator]
+            _save_model(model, temporary, state)
             trainer.tokenizer.save_pretrained(temporary)
             shutil.rmtree(out / "model", ignore_errors=True)
             _rename(temporary, out / "model")
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, SurgeryError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             problem = _reason(error)
         else:
@@ -238,6 +238,17 @@ def finish(trainer: Trainer) -> None:
             if kept
             else "Make room and train again; with checkpoint.every set, most of the work would be kept.",
         )
+
+
+def _save_model(model: Any, folder: Path, state: dict[str, Any]) -> None:
+    """As transformers or PEFT write it; an adapter that began as part of the weights (CorDA) for the original ones."""
+    if hasattr(model, "peft_config"):
+        from surgery.tuning.decomposed import changes_base, export
+
+        if changes_base(model):
+            export(model, folder)
+            return
+    model.save_pretrained(folder, **state)
 
 
 def _found(out: Path) -> list[Path]:

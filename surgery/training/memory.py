@@ -3,8 +3,10 @@
 | part | bytes |
 |---|---|
 | weights, reference, backbones, initial | sum over tensors, tied ones once |
-| gradients | of the parameters that move |
+| gradients | of the parameters that move; of a selection 4 bytes a number, and one dense tensor, the largest |
 | moments | two of AdamW's for each of them, and a step count of 4 bytes a tensor |
+| places | of a selection, 4 bytes for each number that does not move with its whole tensor |
+| adapter | a LoRA's A and B |
 | activations | tokens of a micro-batch x layers x (10 d_model + 4 d_ff) numbers |
 | logits | 3 x completion tokens x vocabulary in float32, at most 3 x `policy.LOGITS` |
 | cache | rows decoded at a time x (prompt + new tokens) x layers x 2 x key-value heads x head size |
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 
 from surgery.training import policy
 from surgery.training.recipe import Recipe
+from surgery.tuning.plan import Corda, Lora, Lottery, Tuning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +48,8 @@ class Memory:
     weights: int
     gradients: int
     moments: int
+    places: int = 0
+    adapter: int = 0
     reference: int = 0
     backbones: int = 0
     initial: int = 0
@@ -65,8 +70,8 @@ class Memory:
 
     def render(self) -> str:
         """One line: `about 12.3 MB: weights 1.8 MB, gradients 1.8 MB, ...`."""
-        parts = [f"{name} {_size(size)}" for name, size in asdict(self).items() if size]
-        return f"about {_size(self.peak)}: {', '.join(parts)}"
+        parts = [f"{name} {size_told(size)}" for name, size in asdict(self).items() if size]
+        return f"about {size_told(self.peak)}: {', '.join(parts)}"
 
 
 def estimate(
@@ -90,8 +95,7 @@ def estimate(
     config: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
     shards = processes if recipe.parallel == "fsdp2" else 1
     weights = _bytes((*model.parameters(), *model.buffers()))
-    moving = [p for name, p in model.named_parameters() if recipe.moves(name, p.requires_grad)]
-    trained = _bytes(moving)
+    moved = moves(recipe, parts.tuning, model)
     batch, drawn = recipe.batch, recipe.rollouts
     kinds = parts.objective.kind.split("+")
     draws = "rollouts" in kinds or getattr(parts.source, "samples", False)
@@ -111,8 +115,10 @@ def estimate(
     decoded = min(drawn.batch_size, math.ceil(drawn.prompts / processes) * drawn.group)
     return Memory(
         weights=weights // shards,
-        gradients=trained // shards,
-        moments=(2 * trained + 4 * len(moving) * shards) // shards,
+        gradients=moved.gradients // shards,
+        moments=(moved.moments + 4 * moved.tensors * shards) // shards,
+        places=moved.places,
+        adapter=moved.adapter,
         reference=weights // shards if parts.objective.uses_reference else 0,
         backbones=sum(_bytes((*b.parameters(), *b.buffers())) for b in backbones) // shards,
         initial=weights if getattr(parts.source, "restarts", False) else 0,
@@ -120,6 +126,34 @@ def estimate(
         logits=3 * 4 * min(largest * completion * config.vocab_size, policy.LOGITS),
         cache=decoded * (prompt + completion) * layers * 2 * heads * head * item if draws else 0,
     )
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What moves: how many numbers, and the bytes beside the weights."""
+
+    numbers: int
+    gradients: int
+    moments: int
+    places: int = 0
+    adapter: int = 0
+    tensors: int = 0
+    """Of which each has a step count."""
+
+
+def moves(recipe: Recipe, tuning: Tuning | None, model: nn.Module) -> Moved:
+    """What a run moves, from shapes; a model on the meta device will do, but for a threshold (SaRA's)."""
+    if isinstance(tuning, Lora | Corda) and not hasattr(model, "peft_config"):
+        from surgery.tuning.decomposed import lora_size, projections
+
+        count, tensors = lora_size(model, tuning.rank, tuning.modules), 2 * len(projections(model, tuning.modules))
+        return Moved(count, 4 * count, 8 * count, adapter=4 * count, tensors=tensors)
+    parameters = {n: p for n, p in model.named_parameters() if recipe.moves(n, p.requires_grad)}
+    if tuning is None or isinstance(tuning, Lora | Corda | Lottery):  # a lottery's first run moves everything
+        trained = _bytes(parameters.values())
+        return Moved(sum(p.numel() for p in parameters.values()), trained, 2 * trained, tensors=len(parameters))
+    found = tuning.expected(model)
+    return Moved(found.moving, 4 * (found.moving + found.largest), 8 * found.moving, 4 * found.placed)
 
 
 def lengths(recipe: Recipe, parts: Plan, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
@@ -140,6 +174,6 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
 
 
-def _size(count: int) -> str:
+def size_told(count: int) -> str:
     power = min(4, (len(str(count)) - 1) // 3)
     return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -78,9 +78,11 @@ def train(
     possible.
     """
     from surgery.training import checkpoints
+    from surgery.training.adapting import adapted, last_selection, ticket
     from surgery.training.engine import Trainer
     from surgery.training.log import check_trackers, read_metrics
     from surgery.training.plan import plan
+    from surgery.tuning.plan import Corda, Fixed, Lora, Lottery
 
     if recipe is None:
         recipe = make(words)
@@ -101,6 +103,8 @@ def train(
         tokenizer = tokenizer or loaded
     if tokenizer is None:
         raise SurgeryError("A model in memory is trained with its tokenizer: pass tokenizer=.")
+    if isinstance(parts.tuning, Lora | Corda):
+        model = adapted(parts.tuning, model, tokenizer, recipe)
     names = recipe.backbone if isinstance(recipe.backbone, list) else [recipe.backbone] if recipe.backbone else []
     backbones = [open_model(b)[0] if isinstance(b, str | Path) else b for b in names]
     metrics: list[dict[str, float]] = []
@@ -115,6 +119,12 @@ def train(
                 checkpoints.save(trainer)
             raise
 
+    if isinstance(parts.tuning, Lottery):
+        again = last_selection(folder) if folder is not None and resume else None
+        chosen = again or ticket(
+            parts.tuning, recipe, model, tokenizer, backbones=backbones, generator=generator, on_step=on_step
+        )
+        parts.tuning = Fixed(chosen)
     trainer = Trainer(
         recipe, model, tokenizer, out=folder, backbones=backbones, generator=generator, parts=parts,
         on_step=note,

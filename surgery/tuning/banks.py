@@ -29,13 +29,6 @@ class Bank:
     def flat(self) -> Tensor:
         return self.parameter.detach().view(-1)
 
-    @property
-    def positions(self) -> Tensor:
-        """The chosen flat positions, ascending, where the parameter is."""
-        if self.places is None:
-            return torch.arange(self.stop - self.start, device=self.parameter.device)
-        return self.places
-
     def to(self, device: torch.device) -> None:
         if self.places is not None and self.places.device != device:
             self.places = self.places.to(device)

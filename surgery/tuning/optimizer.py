@@ -234,7 +234,7 @@ class SparseAdamW(Optimizer):
         if self.penalty is not None:
             spans = {bank.name: slice(bank.start, bank.stop) for bank in self.banks}
             weights = {bank.name: bank.parameter.detach() for bank in self.banks}
-            places = {bank.name: bank.positions for bank in self.banks}
+            places = {bank.name: bank.places for bank in self.banks}
             self.penalty(int(state["step"]), weights, places, {n: gradient[s] for n, s in spans.items()})
         if self.clip:
             gradient *= torch.clamp(self.clip / (gradient.norm() + 1e-6), max=1.0)

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
 from surgery.registry import Registry, nearest
@@ -28,6 +29,23 @@ from surgery.tuning.selection.evidence import Evidence, Loss
 
 DENSITY = 0.05
 """The budget where a recipe names a selection and no budget: LIFT's."""
+
+
+class Expected(NamedTuple):
+    """What a selection will be of, in numbers."""
+
+    moving: int
+    placed: int
+    """Those that need their place kept: not of parameters that move whole."""
+    largest: int
+    """Of the largest parameter whose dense gradient passes through memory; 0 where none is dense for a moment only."""
+
+    @classmethod
+    def of(cls, selection: Selection) -> Expected:
+        """Of a selection that is there."""
+        scattered = [n for n, where in selection.places.items() if isinstance(where, Tensor)]
+        placed = sum(selection.counted(n) for n, where in selection.places.items() if where is not None)
+        return cls(selection.count, placed, max((prod(selection.shapes[n]) for n in scattered), default=0))
 
 
 @dataclass(frozen=True)
@@ -64,21 +82,20 @@ class Sparse:
         return choose_by(self.selector, model, self.budget, modules=self.modules, batches=batches, loss=loss,
                          sibling=self.sibling, turn=turn)  # fmt: skip
 
-    def expected(self, model: nn.Module) -> tuple[int, int]:
-        """How many numbers will move, and how many of them need their place kept; from shapes (a meta model will do).
+    def expected(self, model: nn.Module) -> Expected:
+        """What the selection will be of, from shapes (a meta model will do).
 
         Raises `SurgeryError` for a selection whose size only its weights tell.
         """
         found = targets(model, self.modules or self.selector.modules, matrices=self.selector.matrices)
         if self.budget.given and (isinstance(self.selector, Scored) or self.name == "sara"):
             count = sum(self.budget.shares({t.name: t.shape for t in found}).values())
-            return count, count
+            return Expected(count, count, max(t.parameter.numel() for t in found))
         if next(model.parameters()).is_meta and self.name == "sara":
             raise SurgeryError("How many weights are below SaRA's threshold is known once they are read.")
         places = self.selector.pick(found, self.budget, Evidence(), Round())
         shapes = {t.name: t.shape for t in found}
-        chosen = Selection(dict(places), {n: shapes[n] for n in places})
-        return chosen.count, sum(chosen.counted(n) for n, where in chosen.places.items() if where is not None)
+        return Expected.of(Selection(dict(places), {n: shapes[n] for n in places}))
 
 
 @dataclass(frozen=True)
@@ -90,10 +107,9 @@ class Fixed:
     ages = "entry"
     penalty = None
 
-    def expected(self, model: nn.Module) -> tuple[int, int]:
+    def expected(self, model: nn.Module) -> Expected:
         """As `Sparse.expected`."""
-        kept = (n for n, places in self.selection.places.items() if places is not None)
-        return self.selection.count, sum(map(self.selection.counted, kept))
+        return Expected.of(self.selection)
 
 
 @dataclass(frozen=True)
