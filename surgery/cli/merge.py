@@ -90,8 +90,8 @@ def merge(
 ) -> None:
     """Merge models: by a recipe (our YAML, or mergekit's), or by a method named here.
 
-    Models are folders, base+adapter, hub names, or names of the zoo. An interrupted merge is taken up again by the same
-    command.
+    Models are folders, base+adapter, base+delta.safetensors, hub names, or names of the zoo. An interrupted merge
+    is taken up again by the same command.
 
     \b
     Examples:

@@ -19,6 +19,14 @@ MOST = 1 << 62
 """No tensor has as many numbers as this: a file that says so is wrong."""
 
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def storage_bits(numbers: Tensor) -> Tensor:
+    """The bits of flat numbers as integers of the same width, sharing memory: NaN equals the same NaN, 0 is not -0."""
+    return numbers.view(_BITS[numbers.element_size()])
+
+
 def place_type(numel: int) -> torch.dtype:
     """The integer type of positions in a tensor of `numel` numbers."""
     return torch.int32 if numel < LONG else torch.int64

@@ -16,10 +16,10 @@ from surgery.checkpoint.header import dtype_code, torch_dtype
 from surgery.checkpoint.provenance import Checksum, header_hash, tensor_checksum
 from surgery.checkpoint.writer import check_target
 from surgery.errors import SurgeryError
-from surgery.weights.delta_entries import Entry, joined, members, smaller_whole
+from surgery.weights.delta_entries import Entry, joined, members, smaller_whole, storage_bits
 from surgery.weights.delta_file import Mode, SparseDelta, opened
-from surgery.weights.formats import PIECE, _bits
-from surgery.weights.live import Undo, _Saved, _targets
+from surgery.weights.formats import PIECE
+from surgery.weights.live import Undo, targets
 from surgery.weights.progress import Progress, Tally
 from surgery.weights.sources import Anchor, check_pair, flat, label, ranges, same_heads
 from surgery.weights.streams import Workspace, in_parallel
@@ -112,7 +112,7 @@ def _moved(base: Source, tuned: Source, name: str, inside: Tensor | None) -> tup
     for start, stop in ranges(numel, PIECE):
         before, after = flat(base, name, start, stop), flat(tuned, name, start, stop).contiguous()
         checksum.update(before)
-        differs = torch.from_numpy(_bits(before.to(after.dtype)) != _bits(after))
+        differs = storage_bits(before.to(after.dtype)) != storage_bits(after)
         at = differs.nonzero().view(-1)
         numbers = after[at]
         if inside is not None:
@@ -171,7 +171,7 @@ def added(delta: SparseDelta, base: Any = None, dtype: str = "float32") -> Spars
         return delta
     if base is not None:
         delta = delta.bound(base)
-    return _subtracted(delta, _needed(delta), dtype)
+    return _subtracted(delta, checked_base(delta), dtype)
 
 
 def _subtracted(delta: SparseDelta, source: Source, dtype: str) -> SparseDelta:
@@ -189,7 +189,7 @@ def _subtracted(delta: SparseDelta, source: Source, dtype: str) -> SparseDelta:
     return replace(delta, entries=entries, mode="add")
 
 
-def _needed(delta: SparseDelta) -> Source:
+def checked_base(delta: SparseDelta) -> Source:
     """The base of a delta, its touched tensors compared by checksum if it was not there when the delta was made."""
     if delta.source is None:
         raise SurgeryError(
@@ -232,7 +232,7 @@ def apply_with_undo(
 
 def reverse(delta: SparseDelta, tuned: Source, base: Source | None) -> SparseDelta:
     """From `tuned`, which must hold the delta, back to the base's numbers at its positions (mode "set")."""
-    source = _needed(replace(delta, source=None) if base is None else delta.bound(base))
+    source = checked_base(replace(delta, source=None) if base is None else delta.bound(base))
     entries: dict[str, Entry] = {}
     sums: dict[str, str] = {}
     anchor = Anchor.of(tuned)
@@ -244,7 +244,7 @@ def reverse(delta: SparseDelta, tuned: Source, base: Source | None) -> SparseDel
         for a, places, values in entry.pieces():
             before = _gather(source, name, a, places, values.numel())
             after = _gather(tuned, name, a, places, values.numel())
-            wanted = values if delta.mode == "set" else _sum(before, values, 1.0, after.dtype)
+            wanted = values if delta.mode == "set" else summed(before, values, 1.0, after.dtype)
             odd += int((wanted.to(after.dtype) != after).sum())
             back[a : a + values.numel()] = before
         if odd:
@@ -260,7 +260,7 @@ def reverse(delta: SparseDelta, tuned: Source, base: Source | None) -> SparseDel
     return SparseDelta(entries, "set", about, sums, delta.total, text, types, "reversed", source=tuned)
 
 
-def _sum(before: Tensor, values: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def summed(before: Tensor, values: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """before + scale * values in float32 (float64 on float64), rounded once to `dtype`."""
     work = torch.float64 if before.dtype == torch.float64 else torch.float32
     return values.to(work, copy=True).mul_(scale).add_(before.to(work)).to(dtype)
@@ -275,26 +275,22 @@ def put_into(delta: SparseDelta, model: nn.Module, scale: float, transfer: bool)
         raise SurgeryError(f"The scale is {scale}; a finite number is needed.")
     undo = Undo()
     try:
-        for name, tensor in _targets(delta.vector().expression, model):
+        for name, tensor in targets(delta.vector().expression, model):
             if delta.mode == "set" and not transfer:
                 _same(delta, name, tensor)
             entry, whole = delta.entries[name], tensor.view(-1)
             old = entry.of(whole)
             values = entry.values.to(tensor.device)
             if delta.mode == "add":
-                new = _sum(old, values, scale, tensor.dtype)
+                new = summed(old, values, scale, tensor.dtype)
             elif scale == 1:
                 new = values.to(tensor.dtype)
             else:
                 work = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-                new = _sum(old, values.to(work) - old.to(work), scale, tensor.dtype)
+                new = summed(old, values.to(work) - old.to(work), scale, tensor.dtype)
             if not bool(torch.isfinite(new).all()):
                 raise SurgeryError(f"{delta.definition} gives values in '{name}' beyond {tensor.dtype}.")
-            undo._saved.append(_Saved(tensor, 0, tensor.numel(), entry.places, old))
-            if entry.places is None:
-                whole.copy_(new)
-            else:
-                whole[entry.places.long().to(tensor.device)] = new
+            undo.put(tensor, entry.places, old, new)
     except BaseException:
         undo()
         raise

@@ -41,6 +41,7 @@ from surgery.checkpoint.reader import SINGLE
 from surgery.checkpoint.writer import check_target
 from surgery.errors import SurgeryError
 from surgery.weights.delta_entries import LONG, MOST, Entry
+from surgery.weights.opening import open_model
 from surgery.weights.sources import flat
 from surgery.weights.vector_file import EMPTY, Recorded
 
@@ -270,7 +271,7 @@ def opened(spec: Any) -> Source:
     from surgery import zoo
 
     if isinstance(spec, (str, Path)):
-        return open_checkpoint(zoo.resolved(str(spec)))
+        return open_model(zoo.resolved(str(spec)))
     if hasattr(spec, "state_dict"):
         from surgery.weights.live import ModelSource
 

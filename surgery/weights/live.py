@@ -86,6 +86,14 @@ class Undo:
             else:
                 target[saved.places.long()] = saved.numbers
 
+    def put(self, tensor: Tensor, places: Tensor | None, old: Tensor, new: Tensor) -> None:
+        """Writes `new` into `tensor` at flat `places` (None: all) and keeps `old`, which is what was there."""
+        self._saved.append(_Saved(tensor, 0, tensor.numel(), places, old))
+        if places is None:
+            tensor.view(-1).copy_(new)
+        else:
+            tensor.view(-1)[places.long().to(tensor.device)] = new
+
     def _keep(self, tensor: Tensor, start: int, stop: int, old: Tensor, new: Tensor) -> None:
         width = _BITS[old.element_size()]
         places = (old.view(width) != new.view(width)).nonzero().view(-1)
@@ -108,7 +116,7 @@ def apply_to(expression: Expression, model: nn.Module, scale: float = 1.0) -> Un
         raise SurgeryError(f"The scale is {scale}; a finite number is needed.")
     undo = Undo()
     try:
-        for name, tensor in _targets(expression, model):
+        for name, tensor in targets(expression, model):
             _add(expression, name, tensor, scale, undo)
     except BaseException:
         undo()
@@ -129,7 +137,7 @@ def _add(expression: Expression, name: str, tensor: Tensor, scale: float, undo: 
         old.copy_(new)
 
 
-def _targets(expression: Expression, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def targets(expression: Expression, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the vector with the model's own tensor for it."""
     state = {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
     prefix = str(getattr(model, "base_model_prefix", "") or "") + "."

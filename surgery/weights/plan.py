@@ -14,12 +14,13 @@ from typing import Any
 
 from surgery import anatomy
 from surgery.checkpoint.header import TensorInfo, dtype_code
-from surgery.checkpoint.reader import Source, open_checkpoint
+from surgery.checkpoint.reader import Source
 from surgery.checkpoint.writer import check_target
 from surgery.errors import SurgeryError
 from surgery.weights.alignment import Aligned, align_sources, refuse_other_tokens
 from surgery.weights.depth import layers_in_config
 from surgery.weights.heads import head_is_copied, with_like_heads
+from surgery.weights.opening import open_model
 from surgery.weights.recipe import ModelRef, Recipe, Slice, relative_depth, resolve
 from surgery.weights.recipe.schema import Input
 from surgery.weights.recipe.signatures import signature_of
@@ -134,7 +135,7 @@ def plan(recipe: Recipe, *, out: str | Path | None = None, force: bool = False, 
     With `out`, also refuses an output that exists (unless `force`) or that is one of the inputs.
     """
     refs = [ref for ref in recipe.models if ref.identity in _merged(recipe)]
-    sources = [open_checkpoint(ref.spec, allow_pickle=allow_pickle, revision=ref.revision) for ref in refs]
+    sources = [open_model(ref.spec, allow_pickle=allow_pickle, revision=ref.revision) for ref in refs]
     if out is not None:
         check_output(Path(out), [Path(p) for ref in refs for p in (ref.path, ref.lora) if p], force=force)
     return _Planner(recipe, refs, sources).plan()

@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from surgery.checkpoint import Source, TensorInfo, open_checkpoint
+from surgery.checkpoint import Source, TensorInfo
 from surgery.errors import SurgeryError
 from surgery.weights.expression import Difference, Expression, Restricted, Unbound, Weighted, combine, shapes_of
 from surgery.weights.factors import PerLayer, examples, tensor_factors
+from surgery.weights.opening import open_model
 from surgery.weights.sources import Anchor, check_pair, label, ranges, same_heads
 
 if TYPE_CHECKING:
@@ -296,7 +297,7 @@ class TaskVector:
 
 def _open(source: Source | str | Path) -> Source:
     if isinstance(source, (str, Path)):
-        return open_checkpoint(source)
+        return open_model(source)
     if hasattr(source, "state_dict"):
         from surgery.weights.live import ModelSource
 

@@ -122,6 +122,10 @@ def test_deltas_are_taken_where_vectors_are(family, deltas, tmp_path, capsys):
         assert torch.allclose(tensor, (a - first) + 0.5 * (b - first), atol=1e-6)
     assert main(["vector", "inspect", *deltas, "--base", base, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["labels"] == ["d0", "d1"]
+    for out, models in (("ours", [f"{base}+{delta}" for delta in deltas]), ("wanted", family[1:])):
+        words = ["merge", "--method", "ties", "--base", base, *models, "-o", str(tmp_path / out)]
+        assert main([*words, "--quiet"]) == 0
+    assert same_bits(load_state(tmp_path / "ours"), load_state(tmp_path / "wanted"))
 
 
 def test_a_transfer_must_be_asked_for(family, deltas, tmp_path, capsys):

@@ -14,6 +14,8 @@ from surgery.errors import SurgeryError
 from surgery.weights.delta_algebra import overlap
 from surgery.weights.delta_entries import Entry, members, place_type, smaller_whole
 from surgery.weights.delta_file import SparseDelta, is_delta
+from surgery.weights.merge import merge
+from surgery.weights.opening import open_model
 from surgery.weights.vector import TaskVector
 
 torch.set_num_threads(1)
@@ -248,6 +250,43 @@ def test_a_wrong_base_is_refused_by_its_checksum(tmp_path, family, mode):
     with pytest.raises(SurgeryError, match="not the base"):
         delta.bound(cut)
     delta.apply(wrong, tmp_path / "out", transfer=True) if mode == "add" else None
+
+
+@pytest.mark.parametrize("mode", ["set", "add"])
+def test_a_base_with_a_delta_is_a_model_for_merges(tmp_path, family, mode):
+    base, tuned = family
+    paths = [SparseDelta.between(base, t, mode).save(tmp_path / f"{i}.safetensors") for i, t in enumerate(tuned[:2])]
+    for out, models in (("ours", [f"{base}+{path}" for path in paths]), ("wanted", list(map(str, tuned[:2])))):
+        recipe = {"merge_method": "ties", "base_model": str(base), "models": [{"model": m} for m in models],
+                  "parameters": {"density": 0.5, "weight": 1.0}}  # fmt: skip
+        merge(recipe, tmp_path / out, threads=1)
+    ours, wanted = load_state(tmp_path / "ours"), load_state(tmp_path / "wanted")
+    if mode == "set":
+        assert same_bits(ours, wanted)
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(ours[name].float(), tensor.float(), rtol=0.01, atol=1e-6)
+    source = open_model(f"{base}+{paths[0]}")
+    state = load_state(tuned[0])
+    for name in source.tensors:
+        whole = source.read(name)
+        assert whole.shape == state[name].shape and source.read(name, 1, 3).equal(whole[1:3])
+        torch.testing.assert_close(whole.float(), state[name].float(), rtol=0, atol=1e-7)
+    vector = TaskVector.between(base, f"{base}+{paths[1]}")
+    torch.testing.assert_close(vector.tensor(NAME), TaskVector.between(base, tuned[1]).tensor(NAME), rtol=0, atol=1e-7)
+    with pytest.raises(SurgeryError, match="other numbers"):
+        open_model(f"{tuned[2]}+{paths[0]}")
+    with pytest.raises(SurgeryError, match="not a sparse delta"):
+        open_model(f"{base}+{base}/model.safetensors")
+
+
+def test_a_tied_base_with_a_delta_that_has_a_head_is_no_longer_tied(tmp_path):
+    base = tiny_checkpoint(tmp_path / "base", tied=True)
+    state = load_state(base) | {"lm_head.weight": load_state(base)["model.embed_tokens.weight"] + 1}
+    untied = save_checkpoint(tmp_path / "untied", state, tiny_config())
+    path = SparseDelta.between(base, untied).save(tmp_path / "d.safetensors")
+    source = open_model(f"{base}+{path}")
+    assert source.config["tie_word_embeddings"] is False and source.tensors.keys() == state.keys()
+    assert all(source.read(name).equal(tensor) for name, tensor in state.items())
 
 
 # ---- and out again -------------------------------------------------------------------------------------------------
