@@ -56,14 +56,14 @@ def test_a_global_choice_equals_one_topk_and_holds_few_candidates(monkeypatch):
     held = []
     best = budget._best
     monkeypatch.setattr(budget, "_best", lambda kept, k: held.append(sum(len(p[0]) for p in kept)) or best(kept, k))
-    found = choose(iter(scores.items()), {n: (30, 40) for n in scores}, Budget(count=100, scope="global"))
+    found = choose(iter(scores.items()), dict.fromkeys(scores, (30, 40)), Budget(count=100, scope="global"))
     everything = torch.cat([t.flatten() for t in scores.values()])
     expected = everything.topk(100).indices.sort().values
     got = torch.cat([found[n].long() + 1200 * i for i, n in enumerate(scores) if n in found])
     assert torch.equal(got, expected) and max(held) <= 3 * 100
     constant = {n: torch.zeros(30, 40) for n in scores}  # everything ties
     held.clear()
-    found = choose(iter(constant.items()), {n: (30, 40) for n in scores}, Budget(count=100, scope="global"))
+    found = choose(iter(constant.items()), dict.fromkeys(scores, (30, 40)), Budget(count=100, scope="global"))
     assert lists(found) == {"w0": list(range(100))} and max(held) <= 3 * 100
 
 

@@ -1,8 +1,9 @@
 """The nearest matrix of rank r, exactly, by the Gram matrix of the smaller side: what LIFT looks at.
 
 W' = Q_r Q_r^T W where Q_r are the top r eigenvectors of W W^T (of W^T W on the right when W is tall). Only the top
-vectors matter, so squaring the condition number does no harm. A randomised SVD does: of the masks taken from it 28 to
-98 % agree with the exact ones on SmolLM2's matrices, since the K largest of W' depend on the small directions.
+vectors matter, so squaring the condition number does no harm. A randomised SVD does: of the masks taken from it 23 to
+99 % agree with the exact ones on SmolLM2's matrices (ranks 8 to 128, sketches of twice the rank), since the K largest
+of W' depend on the small directions.
 """
 
 from __future__ import annotations
