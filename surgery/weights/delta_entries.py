@@ -15,7 +15,7 @@ from surgery.weights.sources import ranges
 
 LONG = 1 << 31
 """From this many numbers on, positions are int64."""
-MOST = 1 << 62
+MOST = 1 << 48
 """No tensor has as many numbers as this: a file that says so is wrong."""
 
 

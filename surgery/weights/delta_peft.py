@@ -17,7 +17,7 @@ from surgery.checkpoint.header import dtype_code
 from surgery.checkpoint.reader import SINGLE, read_json
 from surgery.errors import SurgeryError
 from surgery.weights.adapters import CONV1D, PREFIX
-from surgery.weights.delta_entries import Entry, place_type
+from surgery.weights.delta_entries import LONG, Entry, place_type
 from surgery.weights.delta_file import SparseDelta
 from surgery.weights.delta_peer import PEERS, Converted, Peer, record, sorted_entry
 
@@ -100,6 +100,11 @@ class PeftPeer(Peer):
                 "nothing else."
             )
         said, counts = self.counts(fits)
+        if sum(counts.values()) >= LONG or any(entry.numel >= LONG for entry in fits.values()):
+            raise SurgeryError(
+                f"As {self.name}, {delta.definition} would have {sum(counts.values()):,} numbers, or positions beyond "
+                "2**31, which PEFT's int32 does not reach."
+            )
         tensors: dict[str, Tensor] = {}
         for name, entry in fits.items():
             full = _filled(entry, counts[name])
