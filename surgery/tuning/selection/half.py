@@ -21,6 +21,7 @@ from surgery.tuning.selection.targets import Target, targets
 
 Level = Literal["category", "layer", "model"]
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_PART = re.compile(r"[._](weight|bias|gamma|beta)$")
 
 
 @SELECTORS.register("half")
@@ -65,7 +66,7 @@ class Half(Selector):
         chosen = {t.name for t in targets if t.layer is None and self.outside == "train"}
         draw = _Draw(self.ratio, Random(f"{self.seed} {turn.number}"), self.balance == "elements")
         for group in _together(inside, {"category": _category, "layer": stack, "model": lambda t: 0}[self.level]):
-            member = {"category": _module, "layer": lambda t: t.layer, "model": _module}[self.level]
+            member = {"category": _projection, "layer": lambda t: t.layer, "model": _projection}[self.level]
             chosen |= draw(_together(group, member))
         return {t.name: None for t in targets if t.name in chosen}
 
@@ -123,5 +124,5 @@ def _category(target: Target) -> Hashable:
     return stack(target), target.layer, group_of(target.name), expert and expert[1]
 
 
-def _module(target: Target) -> Hashable:
-    return target.name.rpartition(".")[0]
+def _projection(target: Target) -> Hashable:
+    return _PART.sub("", target.name)
