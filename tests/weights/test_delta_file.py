@@ -160,9 +160,10 @@ def test_a_selection_limits_what_is_kept_and_the_rest_is_counted(tmp_path, famil
 
 
 def test_a_selection_of_the_house_fits(family):
-    tuning = pytest.importorskip("surgery.tuning.selection.places")
+    from surgery.tuning import Selection
+
     base, (tuned, *_) = family
-    chosen = tuning.Selection.of_masks({NAME: load_state(base)[NAME] != load_state(tuned)[NAME]}, "delta")
+    chosen = Selection.of_masks({NAME: load_state(base)[NAME] != load_state(tuned)[NAME]}, "delta")
     delta = SparseDelta.between(base, tuned, only=chosen)
     assert delta.method == "delta" and list(delta.entries) == [NAME] and delta.count == chosen.count
 
