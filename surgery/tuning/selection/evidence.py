@@ -146,7 +146,10 @@ def _backward(
     try:
         with _gradients_of(model, targets, take), torch.enable_grad():
             for batch in batches:
-                loss(batch).backward()
+                value = loss(batch)
+                if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+                    raise SurgeryError("The loss of a batch is no number that depends on the weights up for selection.")
+                value.backward()
     finally:
         with torch.no_grad():
             for target in targets:
