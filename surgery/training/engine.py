@@ -128,7 +128,7 @@ class Trainer:
                 began = time.perf_counter()
                 piece = self._next()
                 if self.moving.due(self.step):
-                    self.moving.select(self.step, self._ahead(piece), self._loss)
+                    self.moving.select(self.step, self._ahead(piece), self._loss, self.world)
                 last = self._update(piece)
                 self.step += 1
                 self.context.step = self.step
@@ -166,13 +166,16 @@ class Trainer:
         self.context.iteration += 1
 
     def _ahead(self, piece: Piece) -> Callable[[int], list[Batch]]:
-        """Micro-batches of this update and of the next ones, drawn ahead; they are trained on in their turn."""
+        """Micro-batches of this update and of the next ones, drawn ahead; they are trained on in their turn.
+
+        Whole on every process: what is selected by them does not depend on how many there are.
+        """
 
         def micros(updates: int) -> list[Batch]:
             rollouts = any("rollouts" in update.batches for update in self.drawn)
             while len(self.pieces) + 1 < updates and not rollouts:  # samples of a policy that is to move wait for it
                 self._draw()
-            return [m for one in [piece, *self.pieces][:updates] for m in self._micros(one)]
+            return [m for one in [piece, *self.pieces][:updates] for m in self._micros(one, everywhere=True)]
 
         return micros
 
@@ -239,16 +242,16 @@ class Trainer:
         self.context.seconds, self.context.noted = {}, {}
         return found
 
-    def _micros(self, piece: Piece) -> list[Batch]:
-        """All micro-batches of an update."""
+    def _micros(self, piece: Piece, everywhere: bool = False) -> list[Batch]:
+        """This process's micro-batches of an update (`everywhere`: all rows)."""
         batches = self.drawn[piece.update].batches
-        return [m for kind, batch in batches.items() for m in self._micro_batches(kind, batch, piece)]
+        return [m for kind, batch in batches.items() for m in self._micro_batches(kind, batch, piece, everywhere)]
 
-    def _micro_batches(self, kind: str, batch: Batch, piece: Piece) -> list[Batch]:
-        """This process's micro-batches of an update, each knowing the whole update's denominators."""
+    def _micro_batches(self, kind: str, batch: Batch, piece: Piece, everywhere: bool) -> list[Batch]:
+        """Micro-batches of one kind, each knowing the whole update's denominators."""
         whole = (batch if piece.rows is None or kind != "rollouts" else batch.select(piece.rows)).with_totals()
         whole = replace(whole, step=self.step, steps=self.recipe.steps)
-        alone = self.world.size == 1
+        alone = everywhere or self.world.size == 1
         mine = whole if alone else whole.select(self.world.share(range(len(whole)), whole.group))
         if not len(mine):  # more processes than groups: take part in the collectives, add nothing
             mine = whole.select(range(whole.group))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
+from surgery.training.distributed import World
 from surgery.training.policy import Policy
 from surgery.training.recipe import Recipe
 from surgery.tuning import Selection, SparseAdamW
@@ -45,7 +46,9 @@ class Moving:
             return False
         return self.selection is None or bool(self.tuning.refresh and step % self.tuning.refresh == 0)
 
-    def select(self, step: int, batches: Callable[[int], Sequence[Any]], loss: Callable[[Any], Tensor]) -> None:
+    def select(
+        self, step: int, batches: Callable[[int], Sequence[Any]], loss: Callable[[Any], Tensor], world: World
+    ) -> None:
         """Makes the selection before this step; `batches(n)` gives what `n` updates will be made of."""
         assert isinstance(self.tuning, Sparse)
         model, asks = self.policy.model, set(self.tuning.selector.needs) - {"sibling"}
@@ -55,7 +58,7 @@ class Moving:
         if frozen:
             kept = {n: p for n, p in found.places.items() if n not in frozen}
             found = replace(found, places=kept, shapes={n: found.shapes[n] for n in kept})
-        self.adopt(found, step)
+        self.adopt(world.gather(found)[0], step)  # the same everywhere, whatever rounding does
 
     def adopt(self, selection: Selection, step: int) -> None:
         """From now on the numbers of `selection` move; moments live on where the selector says so."""

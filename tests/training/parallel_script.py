@@ -29,6 +29,9 @@ RUNS = {
         "grpo": GRPO | {"batch": {"epochs": 2, "minibatches": 3}, "evaluate": {"every": 2, "n": 5}, "steps": 6},
         "one_group": GRPO | {"rollouts": {"prompts": 1, "group": 4, "max_new_tokens": 6}},
         "frozen": SFT | {"trainable": ["*mlp*"]},
+        "lift": SFT | {"tuning": {"lift": {"density": 0.2, "rank": 4, "refresh": 2}}},
+        "fisher": GRPO | {"tuning": {"fisher": {"density": 0.1, "scope": "global"}}},
+        "halves": SFT | {"tuning": {"half": {"refresh": 2}}},
         "both": GRPO | {"objective": [{"dapo": {}}, {"sft": {}, "weight": 0.3}], "demonstrations": demonstrations()},
     },
     "fsdp2": {
