@@ -154,7 +154,8 @@ def _ctrl_c() -> Iterator[_Stop]:
 
 def _tell(recipe: Recipe, run: Run, folder: Path, warnings: list[str], took: float) -> None:
     """What was done, how long it took, where it is, and how much better the model is."""
-    files = {"model": "model", "metrics": "metrics.jsonl", "rollouts": "rollouts.jsonl", "curves": "curves.png"}
+    files = {"model": "model", "metrics": "metrics.jsonl", "rollouts": "rollouts.jsonl", "curves": "curves.png",
+             "delta": "delta.safetensors"}  # fmt: skip
     there = {what: str(folder / name) for what, name in files.items() if (folder / name).exists()}
     before, *_, after = run.evaluations if len(run.evaluations) > 1 else [{}, {}]
     skipped = sum(m.get("skipped", 0) > 0 for m in run.metrics)

@@ -18,6 +18,8 @@ from surgery.tuning.selection import Round
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from surgery.training.moving import Moving
+
 BATCH = 8
 """Rows of calibration text read at a time."""
 
@@ -68,6 +70,16 @@ def ticket(
         )  # fmt: skip
     assert chosen is not None
     return chosen
+
+
+def delta(base: str | Path, model: PreTrainedModel, moving: Moving, path: Path) -> None:
+    """Writes what sparse tuning moved beside the model, as a sparse delta of its base (surgery.weights.delta_file)."""
+    from surgery import zoo
+    from surgery.weights.delta_file import SparseDelta
+
+    assert moving.selection is not None
+    about = {"selections": moving.turn, "chosen last": moving.selection.count}
+    SparseDelta.between(zoo.resolved(str(base)), model, method=moving.selection.method, parameters=about).save(path)
 
 
 def last_selection(out: Path) -> Selection | None:

@@ -78,7 +78,7 @@ def train(
     possible.
     """
     from surgery.training import checkpoints
-    from surgery.training.adapting import adapted, last_selection, ticket
+    from surgery.training.adapting import adapted, delta, last_selection, ticket
     from surgery.training.engine import Trainer
     from surgery.training.log import check_trackers, read_metrics
     from surgery.training.plan import plan
@@ -135,6 +135,8 @@ def train(
 
         metrics = read_metrics(folder)
         curves(metrics, title=recipe.name).savefig(folder / "curves.png", dpi=110)
+        if parts.selecting is not None and isinstance(recipe.model, str | Path):
+            delta(recipe.model, model, trainer.moving, folder / "delta.safetensors")
     return Run(model, tokenizer, metrics, folder)
 
 
@@ -158,9 +160,7 @@ def open_model(name: str | Path) -> tuple[Any, Any]:
     from surgery import zoo
     from surgery.checkpoint.reader import open_checkpoint
 
-    folder: Any = name
-    if not Path(name).exists() and str(name) in {known.name for known in zoo.list_models()}:
-        folder = zoo.get(str(name))
+    folder = zoo.resolved(str(name))
     open_checkpoint(folder)  # refuses files that are cut off, in a sentence
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -194,8 +194,7 @@ def _reader(sibling: Any) -> Callable[[str], Tensor]:
         from surgery import zoo
         from surgery.checkpoint import open_checkpoint
 
-        known = {one.name for one in zoo.list_models()}
-        source = open_checkpoint(zoo.get(str(sibling)) if str(sibling) in known else sibling)
+        source = open_checkpoint(zoo.resolved(str(sibling)))
         names, read = set(source.tensors), source.read
     else:
         state = sibling.state_dict() if isinstance(sibling, nn.Module) else dict(sibling)
