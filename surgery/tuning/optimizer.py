@@ -40,8 +40,9 @@ class SparseAdamW(Optimizer):
     """AdamW over the numbers of `selection`; a `torch.optim.Optimizer` for any loop, Trainer and TRL included.
 
     Its one parameter stands for the vector of all chosen numbers: gradients to look at, to clip and to scale are
-    `optimizer.flat.grad` (float32, gathered; `p.grad` stays None). Parameters that are not chosen stop requiring
-    gradients; `release` gives them back.
+    `optimizer.flat.grad` (float32, gathered; `p.grad` stays None). They add up over backward passes until a step; after
+    it they begin anew, also where a loop zeroes the model's gradients and not the optimizer's (Trainer). Parameters
+    that are not chosen stop requiring gradients; `release` gives them back.
 
     `clip` limits the norm of the gathered gradient: pass it where the loop clips `model.parameters()`, which have no
     gradients. `ages`: bias correction counts the steps of each number since it was selected ("entry"), or those of the
@@ -49,8 +50,11 @@ class SparseAdamW(Optimizer):
     0.45 lr for its betas and 3.2 lr for AdamW's). `penalty` is called before each step and may add to the gradient.
     With several processes the gathered gradients are averaged before a step, as DDP would (`reduce=False` where the
     caller does that); DDP's own reducer would move dense zeros: see `without_reducer`. Raises `SurgeryError` for
-    selections that do not fit, sharded parameters, and gradients that are not finite.
+    selections that do not fit, sharded parameters, and gradients that are not finite (under a `GradScaler` such a step
+    is left out, on all processes).
     """
+
+    _step_supports_amp_scaling = True  # a GradScaler hands its scale over, and leaves it to `step` what to leave out
 
     def __init__(
         self,
@@ -72,6 +76,7 @@ class SparseAdamW(Optimizer):
         self.clip, self.ages, self.penalty, self.reduce = clip, ages, penalty, reduce
         self.listening = True
         """Whether gradients are gathered: of several optimizers of one model only one should."""
+        self._spent = False
         self.selection = selection
         self._flags = [(p, p.requires_grad) for p in self.model.parameters()]
         self._handles: list[Any] = []
@@ -159,6 +164,7 @@ class SparseAdamW(Optimizer):
         gradient = parameter.grad
         if gradient is None or not self.listening:
             return
+        self._begin()
         parameter.grad = None
         flat = gradient.reshape(-1)
         if bank.places is None:
@@ -176,12 +182,20 @@ class SparseAdamW(Optimizer):
         """Gradients of one bank: written where they are the first since `zero_grad`, else added."""
         if not self.listening:
             return
+        self._begin()
         slot = self._slot(bank, values.device)
         if bank.fresh:
             slot.copy_(values)
         else:
             slot.add_(values)
         bank.fresh = False
+
+    def _begin(self) -> None:
+        """The first gradients after a step do not add to those that it took."""
+        if self._spent:
+            for bank in self.banks:
+                bank.fresh = True
+            self._spent = False
 
     def _slot(self, bank: Bank, device: torch.device) -> Tensor:
         if self._gathered is None or self._gathered.device != device:
@@ -197,7 +211,7 @@ class SparseAdamW(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gathered gradients; their memory is used again."""
-        self.flat.grad = None
+        self.flat.grad, self._spent = None, False
         for bank in self.banks:
             bank.fresh = True
 
@@ -225,10 +239,15 @@ class SparseAdamW(Optimizer):
         if self.flat.grad is None:
             return loss
         self.settle()
-        gradient = self.flat.grad
+        gradient, self._spent = self.flat.grad, True
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            gradient /= scale
         if self.reduce and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(gradient)
             gradient /= torch.distributed.get_world_size()
+        if hasattr(self, "found_inf") and not bool(gradient.sum().isfinite()):
+            return loss  # the scaler lowers its scale
         self._check(gradient)
         state = self._state()
         if self.penalty is not None:

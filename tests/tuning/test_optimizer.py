@@ -241,6 +241,38 @@ def test_gradients_that_are_not_finite_are_named_and_nothing_moves():
     assert furthest(model, net()) > 0
 
 
+@pytest.mark.parametrize("zero", ["optimizer", "model", "never"])
+def test_gradients_begin_anew_after_a_step_whoever_zeroes_them(zero):
+    """Trainer zeroes the model's gradients alone, and there are none."""
+    one, other, batches = net(), net(), data(8)
+    chosen = Selection.of_masks(random_masks(one))
+    sparse(one, chosen, batches, accumulate=2)
+    optimizer = SparseAdamW(other, chosen, lr=LR, betas=BETAS, eps=EPS)
+    for at in range(0, 8, 2):
+        for x, y in batches[at : at + 2]:
+            loss(other, x, y).backward()
+        optimizer.step()
+        {"optimizer": optimizer.zero_grad, "model": other.zero_grad, "never": lambda: None}[zero]()
+    assert furthest(one, other) == 0
+
+
+@pytest.mark.parametrize("unscale", [True, False])
+def test_a_step_that_overflows_under_a_scaler_is_left_out(unscale):
+    one, other, batches = net(), net(), data(6)
+    chosen = Selection.of_masks(random_masks(one))
+    sparse(one, chosen, [batch for i, batch in enumerate(batches) if i != 2])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = SparseAdamW(other, chosen, lr=LR, betas=BETAS, eps=EPS)
+    for i, (x, y) in enumerate(batches):
+        scaler.scale(loss(other, x * (1e30 if i == 2 else 1), y)).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 2.0**9 and int(optimizer.state[optimizer.flat]["step"]) == 5
+    assert furthest(one, other) <= 1e-7
+
+
 def test_tied_weights_and_gradient_checkpointing_change_nothing():
     torch.set_num_threads(1)
     ids = torch.randint(3, 30, (4, 20), generator=torch.Generator().manual_seed(0))
