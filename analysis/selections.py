@@ -64,7 +64,7 @@ def places_map(selections: Mapping[str, Selection], name: str, *, title: str | N
     figure, axes = blank(3.4 * len(selections), 3.3, title or name, columns=len(selections))
     for axis, (label, selection) in zip(np.atleast_1d(axes), selections.items(), strict=True):
         rows, columns = next(s.shapes[name] for s in selections.values() if name in s)
-        mask = np.zeros(rows * columns)
+        mask: np.ndarray = np.zeros(rows * columns)
         mask[selection.flat(name).cpu().numpy()] = 1
         mask = mask.reshape(rows, columns)
         axis.imshow(_blocks(mask), cmap=INK, aspect="auto", interpolation="nearest", extent=(0, columns, rows, 0))
