@@ -11,7 +11,7 @@ In a recipe of `surgery train` the same words stand under `tuning:`.
 | how numbers are chosen: LIFT, HFT, SaRA, magnitude, Fisher, Wanda, a sibling's delta, ... | `selection/` |
 | AdamW over chosen numbers | `optimizer.py` |
 | weight gradients of chosen rows and columns alone | `slices.py` |
-| LoRA, and CorDA's initialisation of it | `decomposed.py` |
+| LoRA, and CorDA's initialisation of it | `decomposed.py`; what layers read: `inputs.py` |
 | SaRA's nuclear-norm term | `nuclear.py` |
 | what a recipe says under `tuning:`, and the memory it takes | `plan.py` |
 

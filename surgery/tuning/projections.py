@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-from surgery.anatomy import GROUPS, kind_of
+from surgery.anatomy.names import group_of
 from surgery.errors import SurgeryError
 from surgery.interop import has_adapters
-from surgery.registry import nearest
-
-PARTS = ("attention", "mlp")
-"""The groups whose projections get a LoRA."""
-FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
-"""Projections that are several in one."""
+from surgery.tuning.selection.targets import LINEAR, named
 
 
 def projections(model: nn.Module, modules: Iterable[str] | None = None) -> dict[str, nn.Module]:
@@ -28,30 +23,13 @@ def projections(model: nn.Module, modules: Iterable[str] | None = None) -> dict[
 
     if has_adapters(model):
         raise SurgeryError("This model has adapters already.", hint="Merge them first: merged(model).")
-    found: dict[str, nn.Module] = {}
-    kinds: dict[str, str] = {}
-    for name, module in model.named_modules():
-        kind = kind_of(f"{name}.weight")
-        if isinstance(module, (nn.Linear, Conv1D)) and GROUPS[kind] in PARTS:
-            found[name], kinds[name] = module, kind
-    if modules is not None:
-        wanted = [w.removesuffix(".weight") for w in ([modules] if isinstance(modules, str) else modules)]
-        for word in wanted:
-            if word not in found and not any(word in (kind, GROUPS[kind]) for kind in kinds.values()):
-                raise _unknown(model, word, kinds)
-        found = {n: m for n, m in found.items() if {n, kinds[n], GROUPS[kinds[n]]} & set(wanted)}
-    if not found:
+    linear = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    linear = {n: m for n, m in linear.items() if group_of(n) in LINEAR}
+    words = LINEAR if modules is None else (modules,) if isinstance(modules, str) else tuple(modules)
+    wanted = {n for word in words for n in named(f"{word}.weight" if f"{word}.weight" in linear else word, linear)}
+    if not wanted:
         raise SurgeryError(f"{type(model).__name__} has no linear layers of attention or MLPs to adapt.")
-    return found
-
-
-def _unknown(model: nn.Module, word: str, kinds: Mapping[str, str]) -> SurgeryError:
-    fused = next((kind for kind, parts in FUSED.items() if word in parts and kind in kinds.values()), None)
-    if fused:
-        return SurgeryError(f"'{word}' is a part of the fused projection '{fused}' in {type(model).__name__}.",
-                            hint=f"Name '{fused}', which is adapted as a whole.")  # fmt: skip
-    known = {*kinds.values(), *(GROUPS[kind] for kind in kinds.values()), *kinds}
-    return SurgeryError(f"{type(model).__name__} has no projection '{word}'.", hint=nearest(word, known))
+    return {n.removesuffix(".weight"): m for n, m in linear.items() if n in wanted}
 
 
 def _weight(module: nn.Module) -> Tensor:

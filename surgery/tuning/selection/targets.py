@@ -57,7 +57,7 @@ def targets(model: nn.Module, modules: Sequence[str] | None = None, *, matrices:
     """
     words = LINEAR if modules is None else (modules,) if isinstance(modules, str) else tuple(modules)
     parameters = dict(model.named_parameters())
-    wanted = {name for word in words for name in _named(word, parameters)}
+    wanted = {name for word in words for name in named(word, parameters)}
     found = []
     for name, parameter in parameters.items():
         if name not in wanted or (matrices and parameter.dim() < 2):
@@ -72,8 +72,8 @@ def targets(model: nn.Module, modules: Sequence[str] | None = None, *, matrices:
     return found
 
 
-def _named(word: str, parameters: Iterable[str]) -> list[str]:
-    """The parameters that one word names."""
+def named(word: str, parameters: Iterable[str]) -> list[str]:
+    """The parameters that one word names. Raises `SurgeryError` for one that names nothing, or half of a fused one."""
     names = list(parameters)
     if word in names:
         return [word]
@@ -90,6 +90,8 @@ def _named(word: str, parameters: Iterable[str]) -> list[str]:
         )
     if word in GROUPS:
         return []
+    if "." in word:
+        raise SurgeryError(f"The model has no parameter '{word}'.", hint=nearest(word, names))
     raise SurgeryError(f"'{word}' is neither a kind or group of modules nor a parameter.",
                        hint=nearest(word, {*GROUPS, *GROUPS.values()}))  # fmt: skip
 
