@@ -14,6 +14,7 @@ COMMANDS = [
     ["recipes", "list"], ["recipes", "show"], ["rollouts", "inspect"],
     *(["vector", word] for word in ("extract", "apply", "combine", "inspect", "check", "export-lora")),
     *(["delta", word] for word in ("extract", "apply", "overlap", "convert")),
+    *(["tune", word] for word in ("show", "select")),
 ]  # fmt: skip
 HEAVY = """
 import sys
@@ -43,7 +44,7 @@ def test_the_list_of_commands_here_is_whole(capsys):
     main(["--help"])
     listed = capsys.readouterr().out
     assert all(command[0] in listed for command in COMMANDS)
-    for group in ("vector", "delta", "zoo", "recipes", "rollouts"):
+    for group in ("vector", "delta", "tune", "zoo", "recipes", "rollouts"):
         main([group, "--help"])
         shown = [line.split()[1] for line in capsys.readouterr().out.partition("Commands")[2].splitlines()
                  if line.startswith("│ ") and line[2] != " "]  # fmt: skip
