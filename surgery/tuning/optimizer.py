@@ -370,7 +370,9 @@ class SparseAdamW(Optimizer):
 def without_reducer(model: nn.Module) -> nn.Module:
     """A DDP model whose own reducer rests: `SparseAdamW` averages the gathered numbers, 20 times fewer at 5 %.
 
-    It is what `no_sync` does, for good; `accelerate`'s `accumulate` leaves it so.
+    It is what `no_sync` does, for good; `accelerate`'s `accumulate` leaves it so. Where rows and columns alone move
+    (S2FT) no parameter requires gradients and DDP refuses the model: it needs no wrapper, the gathered numbers are
+    averaged all the same.
     """
     if not hasattr(model, "require_backward_grad_sync"):
         raise SurgeryError(f"{type(model).__name__} is not wrapped by DistributedDataParallel.")

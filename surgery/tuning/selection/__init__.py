@@ -88,6 +88,10 @@ def choose_by(
     if selector.budgeted == "never" and budget.given:
         raise SurgeryError(f"The selection '{name}' takes no budget: it says itself what moves.")
     found = targets(model, modules or selector.modules, matrices=selector.matrices)
+    cut = next((t.name for t in found if hasattr(t.parameter, "device_mesh")), None)
+    if cut is not None and selector.budgeted != "never":
+        raise SurgeryError(f"'{cut}' is cut up over processes (FSDP2): it has no entries to name.",
+                           hint="Select before sharding, or choose whole parameters (half, norm).")  # fmt: skip
     evidence = gathered(model, found, selector.needs, batches=batches, loss=loss, sibling=sibling,
                         lr=getattr(selector, "lr", 1e-3))  # fmt: skip
     turn = turn or Round()
