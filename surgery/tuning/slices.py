@@ -25,8 +25,8 @@ def slice_gradients(module: nn.Module, part: Slice, transposed: bool, take: Take
     anchor = torch.zeros((), requires_grad=True)  # makes the output part of the graph, whatever else is frozen
     outputs = (part.dim == 0) != transposed  # rows of (out, in) are outputs
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
+    def hook(called: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if called is not module or not torch.is_grad_enabled():  # a copy of the model brings the hook along
             return output
         index = part.index.to(output.device)
         kept = args[0] if outputs else args[0].index_select(-1, index)

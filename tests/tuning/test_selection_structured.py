@@ -191,6 +191,15 @@ def test_forward_is_the_same_with_hooks_and_after_their_release():
     assert not any(m._forward_hooks for m in model.modules()) and torch.equal(model(ids()).logits, plain)
 
 
+def test_a_copy_of_the_model_gives_its_gradients_to_nobody():
+    """Trainers copy a model for a reference: hooks come along, and must not gather for the first one's optimizer."""
+    model = llama()
+    optimizer = SparseAdamW(model, select(model, "s2ft", density=0.2))
+    other = copy.deepcopy(model).requires_grad_(True)
+    other(ids(), labels=ids()).loss.backward()
+    assert optimizer.flat.grad is None and all(p.grad is not None for p in other.parameters())
+
+
 def test_what_has_no_rows_or_columns_of_its_own_gets_a_sentence():
     for make, words, problem in (
         (llama, {"modules": ["q"]}, r"q_proj.weight' \(q\) has no rows or columns that are heads or channels"),
