@@ -122,7 +122,7 @@ def select(
         raise SurgeryError(f"'{tuning}' selects none of the model's own numbers.", hint="lift, magnitude, half, ...")
     network, _ = load_model(model)
     found = chosen.choose(network, Round())
-    found.save(out)
+    found.save(out, force=force)
     by_kind = _by_kind(found)
     told = {"selection": found.method, "numbers": found.count, "of": found.total, "density": found.density,
             "tensors": len(found.places), "by_kind": by_kind, "output": str(out)}  # fmt: skip

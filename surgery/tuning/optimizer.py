@@ -20,6 +20,7 @@ import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from surgery.tuning.slices import slice_gradients
 
 PIECE = 1 << 16
 """Numbers updated at a time on a CPU: what is read twice then stays in its cache."""
+_OF_MODEL: WeakKeyDictionary[nn.Module, WeakSet[SparseAdamW]] = WeakKeyDictionary()
 Penalty = Callable[..., Any]
 """Adds to the gradient before a step: (step, weights, places, gradient), each by parameter."""
 
@@ -75,13 +77,16 @@ class SparseAdamW(Optimizer):
         self.model = getattr(model, "module", model) if hasattr(model, "require_backward_grad_sync") else model
         self.clip, self.ages, self.penalty, self.reduce = clip, ages, penalty, reduce
         self.listening = True
-        """Whether gradients are gathered: of several optimizers of one model only one should."""
+        """Whether gradients are gathered: of several optimizers of one model only one does, at first the last made."""
         self._spent = False
         self.selection = selection
         self._flags = [(p, p.requires_grad) for p in self.model.parameters()]
         self._handles: list[Any] = []
         self._gathered: Tensor | None = None
         self.banks = banks_of(self.model, selection)
+        for other in _OF_MODEL.setdefault(self.model, WeakSet()):
+            other.listening = False
+        _OF_MODEL[self.model].add(self)
         self.flat = self._stand_in()
         super().__init__([self.flat], {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._listen()

@@ -16,7 +16,9 @@ def told(capsys, *words):
 
 
 def test_show_sets_a_tuning_beside_all_numbers_and_a_lora(capsys):
-    code, found, _ = told(capsys, "tune", "show", "sft", "--model", "tiny-base", "--set", "tuning={lift: {density: 0.05}}")
+    code, found, _ = told(
+        capsys, "tune", "show", "sft", "--model", "tiny-base", "--set", "tuning={lift: {density: 0.05}}"
+    )
     assert code == 0
     lift, full, lora = found["arms"]
     assert lift["numbers"] == 22_124 and full["numbers"] == found["parameters"] == 447_552
@@ -39,6 +41,8 @@ def test_select_writes_places_that_a_run_can_take(capsys, tmp_path):
     assert Selection.load(out).count == 22_124
     code, _, said = told(capsys, "tune", "select", "tiny-base", "-o", str(out))
     assert code == 2 and "exists" in said and "--force" in said
+    code, found, _ = told(capsys, "tune", "select", "tiny-base", "-o", str(out), "--tuning", "half", "--force")
+    assert code == 0 and Selection.load(out).count == found["numbers"]
 
 
 @pytest.mark.parametrize(

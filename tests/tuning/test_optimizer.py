@@ -321,3 +321,14 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
         found.append(model)
     torch.set_num_threads(1)
     assert furthest(*found) == 0
+
+
+def test_of_two_optimizers_of_one_model_the_last_gets_the_gradients():
+    model, (x, y) = net(), data(1)[0]
+    first, last = (SparseAdamW(model, Selection.of_masks(random_masks(model, seed=s))) for s in (1, 2))
+    before = copy.deepcopy(model.state_dict())
+    loss(model, x, y).backward()
+    first.step()
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    last.step()
+    assert not all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
