@@ -18,6 +18,7 @@ Where the traps of the published codes are tested:
 | LT-SFT: ties can exceed the budget | test_selection_budget: a global choice |
 | LT-SFT: the threshold is sought in a list of all differences | test_selection_budget: holds few candidates |
 | LT-SFT: frozen numbers decay | test_optimizer: twenty steps, with weight decay |
+| LT-SFT: its files count positions with the first dimension fastest | test_delta_peers |
 | S2FT: weights change places; grouped queries fail | test_selection_structured |
 """
 
@@ -323,6 +324,20 @@ def test_modules_are_groups_kinds_or_names_and_tied_weights_count_once():
     assert set(tied) == {"model.embed_tokens.weight"} and tied.total == 40 * 32
 
 
+def experts():
+    """A layer of experts in one tensor each, with biases of two dimensions."""
+    block = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": nn.Module()})})
+    held = block["mlp"]["experts"]
+    held.down_proj, held.down_proj_bias = nn.Parameter(torch.randn(3, 8, 6)), nn.Parameter(torch.randn(3, 8))
+    return nn.ModuleDict({"layers": nn.ModuleList([block])})
+
+
+def test_biases_are_no_matrices_whatever_their_dimensions():
+    chosen = select(experts(), "magnitude", density=0.5)
+    assert set(chosen) == {"layers.0.mlp.experts.down_proj"} and chosen.count == 72
+    assert set(select(experts(), "bias")) == {"layers.0.mlp.experts.down_proj_bias"}
+
+
 @pytest.mark.parametrize(
     "make, method, words, problem",
     [
@@ -339,6 +354,7 @@ def test_modules_are_groups_kinds_or_names_and_tied_weights_count_once():
         (llama, "gradient", {"batches": [{"input_ids": torch.ones(1, 3, dtype=torch.long)}]}, "gives no loss"),
         (llama, "gradient", {"batches": batches(), "loss": lambda b: None}, "The loss of a batch is no number"),
         (llama, "fisher", {"batches": batches(), "loss": lambda b: torch.ones(())}, "The loss of a batch is no number"),
+        (experts, "wanda", {"batches": [], "loss": lambda b: None}, "Experts in one tensor .* their own inputs"),
         (llama, "magnitude", {"direction": "sideways"}, "There is no direction 'sideways'"),
         (llama, "magnitude", {"seed": 3}, "The selection 'magnitude' has no option 'seed'"),
     ],

@@ -99,7 +99,10 @@ def choose_by(
     order = {t.name: t.shape for t in found}
     places = {n: places[n] for n in order if n in places}
     if not places:
-        raise SurgeryError(f"The selection '{name}' chose nothing.", hint="Raise the budget, or widen `modules`.")
+        raise SurgeryError(
+            f"The selection '{name}' chose nothing.",
+            hint="Raise the budget, or widen `modules`." if budget.given else None,
+        )
     total = sum(t.parameter.numel() for t in found)
     notes = selector.notes(found, places, turn)
     return Selection(places, {n: order[n] for n in places}, name, total, notes)

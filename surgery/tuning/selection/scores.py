@@ -143,8 +143,11 @@ class Wanda(Scored):
     scope = "row"
 
     def score(self, target: Target, evidence: Evidence) -> Tensor:
+        if len(target.shape) != 2:
+            raise SurgeryError(f"Experts in one tensor ('{target.name}') have each their own inputs, unknown here.",
+                               hint="Leave them out by `modules`.")  # fmt: skip
         norms = evidence.inputs.get(target.name)
-        if norms is None or len(target.shape) != 2 or norms.shape[0] != target.shape[0 if target.transposed else -1]:
+        if norms is None or norms.shape[0] != target.shape[0 if target.transposed else -1]:
             raise SurgeryError(f"The inputs of '{target.name}' are not known: the data do not reach it.",
                                hint="Leave it out by `modules`.")  # fmt: skip
         return target.weight.abs() * (norms[:, None] if target.transposed else norms)

@@ -52,15 +52,15 @@ class Target:
 def targets(model: nn.Module, modules: Sequence[str] | None = None, *, matrices: bool = True) -> list[Target]:
     """The parameters of `modules`: groups or kinds of surgery.anatomy.names, or names of parameters; tied ones once.
 
-    The default is `LINEAR`. `matrices`: only those of two dimensions and more. Raises `SurgeryError` for words that
-    name nothing, for halves of fused projections, and for quantised weights.
+    The default is `LINEAR`. `matrices`: only those of two dimensions and more, and no biases (those of experts have
+    two). Raises `SurgeryError` for words that name nothing, for halves of fused projections, and for quantised weights.
     """
     words = LINEAR if modules is None else (modules,) if isinstance(modules, str) else tuple(modules)
     parameters = dict(model.named_parameters())
     wanted = {name for word in words for name in named(word, parameters)}
     found = []
     for name, parameter in parameters.items():
-        if name not in wanted or (matrices and parameter.dim() < 2):
+        if name not in wanted or (matrices and (parameter.dim() < 2 or name.endswith("bias"))):
             continue
         if not parameter.is_floating_point():
             raise SurgeryError(f"'{name}' is quantised ({parameter.dtype}): its numbers can't move by themselves.",
