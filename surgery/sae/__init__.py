@@ -1,7 +1,12 @@
 """Sparse autoencoders: dictionaries of a model's activations, trained on sparse codes from end to end.
 
+    from surgery.sae.dictionary import Dictionary
+    from surgery.sae.rules import BatchTopK
+
 | to look for | file |
 |---|---|
+| the dictionary: encoder, decoder; transcoders and crosscoders too | `dictionary.py` |
+| what makes it sparse, and its losses: standard, gated, JumpReLU, TopK, BatchTopK, Matryoshka | `rules.py` |
 | codes as (row, latent, value), with exact gradients and one dense product | `codes.py` |
 | which latents a row may use: top k, top k over the batch, above a threshold | `sparsity.py` |
 """

@@ -80,7 +80,7 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """The values of codes, all above 0, and whose they are."""
+    """The values of codes (above 0, but for those of dead latents, chosen beside), and whose they are."""
 
     values: Tensor
     layout: Layout

@@ -22,16 +22,20 @@ SPARE = 2
 
 @dataclass(frozen=True)
 class Dead:
-    """A second set of codes, of latents that have not fired for long: the `k` largest of each row (auxiliary loss)."""
+    """A second set of codes, of latents that have not fired for long: the `k` largest of each row, of either sign.
+
+    For the auxiliary loss of arXiv:2406.04093, where dead latents explain what the others leave.
+    """
 
     mask: Tensor
     """(latents,) True for the dead."""
     k: int
 
-    def of(self, h: Tensor) -> tuple[Tensor, Tensor]:
+    def of(self, h: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """Values and latents, (rows, k); at most as many as there are dead ones."""
         numbers = self.mask.nonzero().view(-1)
-        values, at = h[:, numbers].topk(min(self.k, len(numbers)), sorted=False)
+        mine = None if scale is None else scale[numbers]
+        values, at = _top(h[:, numbers], min(self.k, len(numbers)), mine)
         return values, numbers[at]
 
 
@@ -40,9 +44,11 @@ def top_k(pre: Pre, rows: int, latents: int, k: int, scale: Tensor | None = None
     found: list[list[tuple[Tensor, Tensor]]] = []
     for part in blocks(rows, latents):
         h = pre(part)
-        found.append([_top(h, k, scale), *([dead.of(h)] if dead is not None else [])])
+        found.append([_top(h, k, scale), *([dead.of(h, scale)] if dead is not None else [])])
     pairs = [(torch.cat([v for v, _ in each]), torch.cat([i for _, i in each])) for each in zip(*found, strict=True)]
-    return [_codes(values, index, latents) for values, index in pairs]
+    values, index = pairs[0]
+    used = values > 0
+    return [(values[used], Layout.of(used, index, latents)), *(_all(v, i, latents) for v, i in pairs[1:])]
 
 
 def batch_top_k(
@@ -61,7 +67,7 @@ def batch_top_k(
             bound = _foretold(_weighed(h, scale), round(SPARE * k * len(h)))
         kept.append(_above(h, bound, scale))
         if dead is not None:
-            aside.append(dead.of(h))
+            aside.append(dead.of(h, scale))
     if sum(len(one[0]) for one in kept) < wanted and float(bound) > 0:  # type: ignore[arg-type]
         kept = [_above(pre(part), torch.zeros_like(bound), scale) for part in parts]  # type: ignore[arg-type]
     values, scores, index, counts = (torch.cat([one[i] for one in kept]) for i in range(4))
@@ -74,7 +80,7 @@ def batch_top_k(
         values, index, counts = values[chosen], index[chosen], torch.bincount(owners[chosen], minlength=rows)
     found = [(values, _layout(index, counts, latents))]
     if dead is not None:
-        found.append(_codes(torch.cat([v for v, _ in aside]), torch.cat([i for _, i in aside]), latents))
+        found.append(_all(torch.cat([v for v, _ in aside]), torch.cat([i for _, i in aside]), latents))
     return found
 
 
@@ -118,9 +124,9 @@ def _above(h: Tensor, bound: Tensor, scale: Tensor | None) -> tuple[Tensor, Tens
     return values, values if scale is None else values * scale[index], index, counts
 
 
-def _codes(values: Tensor, index: Tensor, latents: int) -> tuple[Tensor, Layout]:
-    used = values > 0
-    return values[used], Layout.of(used, index, latents)
+def _all(values: Tensor, index: Tensor, latents: int) -> tuple[Tensor, Layout]:
+    """Every number of (rows, k) as a code."""
+    return values.reshape(-1), Layout.of(torch.ones_like(index, dtype=torch.bool), index, latents)
 
 
 def _layout(index: Tensor, counts: Tensor, latents: int) -> Layout:

@@ -1,0 +1,276 @@
+"""What makes a dictionary sparse: one class each, by the name of its architecture.
+
+| name | codes | beside the squared error |
+|---|---|---|
+| standard | ReLU(h) | l1 x sum of f times the decoder's norms |
+| gated | 1[gate > 0] ReLU(magnitude), two readings of one encoder | l1 on ReLU(gate), and x rebuilt from it |
+| jumprelu | h where h > theta, theta learned | l0 x number of codes, through a rectangle of width `bandwidth` |
+| topk | the k largest of a row | what dead latents leave unexplained |
+| batchtopk | the k x rows largest of a batch; afterwards all above a running threshold | the same |
+| matryoshka | as batchtopk | and the error of the first `widths` latents alone |
+
+h = E (x - c) + b. Coefficients of penalties go up from 0 over `warmup` steps, where a rule has one. The first three are
+dense in training: until they are sparse, most latents are in use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import SurgeryError
+from surgery.registry import Registry
+from surgery.sae.codes import Codes, Pick, decode, encode
+from surgery.sae.sparsity import Dead, above, batch_top_k, settings, top_k
+
+if TYPE_CHECKING:
+    from surgery.sae.dictionary import Dictionary
+
+RULES: Registry[type[Rule]] = Registry("dictionary")
+
+
+class Trained(NamedTuple):
+    """What a rule makes of a batch in training."""
+
+    output: Tensor
+    """(rows, d_out) the reconstruction."""
+    fired: Tensor
+    """(latents,) rows in which each latent was used."""
+    terms: dict[str, Tensor]
+    """What is added to the squared error, by name; scalars."""
+
+
+class Rule:
+    """How codes come about. Fields are its settings; `warm` (0 to 1) is how far penalties have gone up."""
+
+    warmup: ClassVar[int] = 0
+
+    def extras(self, latents: int) -> dict[str, nn.Parameter | Tensor]:
+        """Parameters, and buffers, of its own."""
+        return {}
+
+    def check(self, latents: int) -> None:
+        """Raises `SurgeryError` for settings that do not fit."""
+
+    def train(self, of: Dictionary, x: Tensor, target: Tensor, dead: Tensor | None, warm: float) -> Trained:
+        """One pass in training; `dead` (latents,) marks latents that have not been used for long."""
+        raise NotImplementedError
+
+    def pick(self, of: Dictionary) -> Pick:
+        """How codes are chosen after training."""
+        raise NotImplementedError
+
+
+def squared(error: Tensor) -> Tensor:
+    """The mean over rows of the sum over dimensions of the square."""
+    return error.square().sum(-1).mean()
+
+
+# ---- dense in training
+
+
+@RULES.register("standard")
+@dataclass(frozen=True)
+class Standard(Rule):
+    """ReLU and an L1 penalty (arXiv:2309.08600), weighted by the decoder's norms, which then need no constraint."""
+
+    l1: float = 1.0
+    warmup: int = 0  # type: ignore[misc]
+
+    def train(self, of: Dictionary, x: Tensor, target: Tensor, dead: Tensor | None, warm: float) -> Trained:
+        f = of.pre(x).relu()
+        penalty = self.l1 * warm * (f * of.norms()).sum(-1).mean()
+        return Trained(of.decoded(f, x), (f.detach() > 0).sum(0), {"l1": penalty})
+
+    def pick(self, of: Dictionary) -> Pick:
+        return settings(above, of.latents, threshold=of.bias.new_zeros(()))
+
+
+@RULES.register("gated")
+@dataclass(frozen=True)
+class Gated(Rule):
+    """Whether and how much read apart (arXiv:2404.16014): magnitude = exp(r) E (x - c) + b_mag, gate = E (x - c) + b.
+
+    The reconstruction from the gate goes through the decoder as it is (SAELens); the paper's copy of it is detached.
+    """
+
+    l1: float = 1.0
+    warmup: int = 0  # type: ignore[misc]
+
+    def extras(self, latents: int) -> dict[str, nn.Parameter | Tensor]:
+        return {"r_mag": nn.Parameter(torch.zeros(latents)), "b_mag": nn.Parameter(torch.zeros(latents))}
+
+    def train(self, of: Dictionary, x: Tensor, target: Tensor, dead: Tensor | None, warm: float) -> Trained:
+        gate = of.pre(x)
+        f = (gate > 0) * self._magnitude(of, gate)
+        open_ = gate.relu()
+        penalty = self.l1 * warm * (open_ * of.norms()).sum(-1).mean()
+        return Trained(of.decoded(f, x), (f.detach() > 0).sum(0),
+                       {"l1": penalty, "by the gate": squared(of.decoded(open_, x) - target)})  # fmt: skip
+
+    def pick(self, of: Dictionary) -> Pick:
+        def choose(pre: Any, rows: int) -> Any:
+            def both(part: slice) -> Tensor:
+                gate = pre(part)
+                return (gate > 0) * self._magnitude(of, gate)
+
+            return above(both, rows, of.latents, of.bias.new_zeros(()))
+
+        return choose
+
+    def _magnitude(self, of: Dictionary, gate: Tensor) -> Tensor:
+        return ((gate - of.bias) * of.extra("r_mag").exp() + of.extra("b_mag")).relu()
+
+
+@RULES.register("jumprelu")
+@dataclass(frozen=True)
+class JumpRelu(Rule):
+    """A learned threshold for each latent, and a penalty on the number of codes (arXiv:2407.14435).
+
+    d f / d theta = -theta / bandwidth and d L0 / d theta = -1 / bandwidth where |h - theta| < bandwidth / 2.
+    """
+
+    l0: float = 1.0
+    threshold: float = 0.01
+    bandwidth: float = 0.05
+    warmup: int = 0  # type: ignore[misc]
+
+    def extras(self, latents: int) -> dict[str, nn.Parameter | Tensor]:
+        return {"threshold": nn.Parameter(torch.full((latents,), self.threshold))}
+
+    def train(self, of: Dictionary, x: Tensor, target: Tensor, dead: Tensor | None, warm: float) -> Trained:
+        h, threshold = of.pre(x), of.extra("threshold")
+        f = _Jump.apply(h, threshold, self.bandwidth)
+        count = _Step.apply(h, threshold, self.bandwidth).sum(-1).mean()
+        return Trained(of.decoded(f, x), (f.detach() > 0).sum(0), {"l0": self.l0 * warm * count})
+
+    def pick(self, of: Dictionary) -> Pick:
+        return settings(above, of.latents, threshold=of.extra("threshold").detach())
+
+
+class _Jump(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(h, threshold)
+        ctx.bandwidth = bandwidth
+        return h * (h > threshold)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        h, threshold = ctx.saved_tensors
+        near = (h - threshold).abs() < ctx.bandwidth / 2
+        return gradients[0] * (h > threshold), -(threshold / ctx.bandwidth) * (near * gradients[0]).sum(0), None
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(h, threshold)
+        ctx.bandwidth = bandwidth
+        return (h > threshold).to(h.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        h, threshold = ctx.saved_tensors
+        near = (h - threshold).abs() < ctx.bandwidth / 2
+        return None, -(near * gradients[0]).sum(0) / ctx.bandwidth, None
+
+
+# ---- sparse from end to end
+
+
+@RULES.register("topk")
+@dataclass(frozen=True)
+class TopK(Rule):
+    """The k largest of each row (arXiv:2406.04093). `by_norm`: of h times the decoder's norms, as with unit norms.
+
+    `aux`: weight of the error that the d_out / 2 strongest dead latents leave of what is unexplained, scaled down where
+    there are fewer of them. (Their sum is taken without the decoder's bias, as in the paper; released codes add it.)
+    """
+
+    k: int = 32
+    by_norm: bool = True
+    aux: float = 1.0
+
+    def check(self, latents: int) -> None:
+        if not 0 < self.k <= latents:
+            raise SurgeryError(f"A row can't use {self.k:g} of {latents:,} latents.", hint="k is 1 or more, and below.")
+
+    def train(self, of: Dictionary, x: Tensor, target: Tensor, dead: Tensor | None, warm: float) -> Trained:
+        many = 0 if dead is None or not self.aux else int(dead.sum())
+        half = of.d_out // 2
+        aside = Dead(dead, min(half, many)) if many and dead is not None else None
+        main, *rest = encode(x, of.encoder, of.bias, of.centered, self.chosen(of, aside))
+        output = of.from_codes(main, x)
+        terms = {}
+        if rest:
+            left = (target - output).detach()
+            terms["dead"] = self.aux * min(1.0, many / half) * squared(decode(rest[0], of.decoder) - left)
+        return Trained(output, main.layout.fired, terms | self.more(of, main, x, target))
+
+    def chosen(self, of: Dictionary, aside: Dead | None) -> Pick:
+        """How codes are chosen in training."""
+        return settings(top_k, of.latents, k=self.k, scale=self.scale(of), dead=aside)
+
+    def more(self, of: Dictionary, codes: Codes, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """More terms."""
+        return {}
+
+    def scale(self, of: Dictionary) -> Tensor | None:
+        """What pre-activations are weighed by for the choice."""
+        return of.norms().detach() if self.by_norm else None
+
+    def pick(self, of: Dictionary) -> Pick:
+        return self.chosen(of, None)
+
+
+@RULES.register("batchtopk")
+@dataclass(frozen=True)
+class BatchTopK(TopK):
+    """k codes a row on average (arXiv:2412.06410); afterwards all above the running mean of the smallest kept value.
+
+    `rate` is that of the mean, kept in float64.
+    """
+
+    k: float = 32.0  # type: ignore[assignment]
+    rate: float = 0.01
+
+    def extras(self, latents: int) -> dict[str, nn.Parameter | Tensor]:
+        return {"threshold": torch.zeros((), dtype=torch.float64)}
+
+    def chosen(self, of: Dictionary, aside: Dead | None) -> Pick:
+        return settings(batch_top_k, of.latents, k=self.k, scale=self.scale(of), dead=aside)
+
+    @torch.no_grad()
+    def more(self, of: Dictionary, codes: Codes, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+        if len(codes.values):
+            scale = self.scale(of)
+            weighed = codes.values if scale is None else codes.values * scale[codes.layout.index]
+            of.extra("threshold").lerp_(weighed.min().double(), self.rate)
+        return {}
+
+    def pick(self, of: Dictionary) -> Pick:
+        return settings(above, of.latents, threshold=of.extra("threshold").float(), scale=self.scale(of))
+
+
+@RULES.register("matryoshka")
+@dataclass(frozen=True)
+class Matryoshka(BatchTopK):
+    """BatchTopK whose first `widths` latents have to do by themselves too (arXiv:2503.17547)."""
+
+    widths: tuple[int, ...] = ()
+
+    def check(self, latents: int) -> None:
+        super().check(latents)
+        if list(self.widths) != sorted({w for w in self.widths if 0 < w < latents}):
+            raise SurgeryError(f"Widths grow, and are below the {latents:,} latents: found {list(self.widths)}.")
+
+    def more(self, of: Dictionary, codes: Codes, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+        super().more(of, codes, x, target)
+        return {
+            f"the first {width}": squared(of.from_codes(codes.only(codes.layout.index < width), x) - target)
+            for width in self.widths
+        }
