@@ -1,0 +1,174 @@
+"""Activations for dictionaries: read at any sites, of one model or of several on the same tokens, and shuffled.
+
+    stream = Stream([base, tuned], ["resid_post.2"], batches)     # rows of 2 x d_model: a crosscoder's
+    for rows in Shuffled(stream, size=65_536, batch=4096, seed=0):
+        dictionary.trained(rows["resid_post.2"])
+
+A forward pass ends behind the deepest site: what lies above it, the head with its vocabulary first of all, is never
+computed. Rows of all sites are of the same tokens in the same order, shuffled alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.activations.interventions import capture, unwrapped
+from surgery.anatomy import Site, anatomy_of
+from surgery.errors import SurgeryError
+from surgery.models import Batch, as_batch, untouched
+
+Rows = dict[str, Tensor]
+"""By site: (tokens, width) float32."""
+Keep = Callable[[Batch], Tensor]
+"""Which tokens of a batch count: (batch, pos) bool."""
+
+
+def real_tokens(skip: int = 1) -> Keep:
+    """All real tokens but the first `skip` of each row: activations there are sinks, many times as large as others."""
+
+    def keep(batch: Batch) -> Tensor:
+        return batch.mask & (batch.positions >= skip)
+
+    return keep
+
+
+def last_tokens(batch: Batch) -> Tensor:
+    """The last real token of each row."""
+    columns = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    return columns == batch.last[:, None]
+
+
+@dataclass(eq=False)
+class Stream:
+    """Iterates over batches of tokens, and gives the activations of the tokens that `keep` keeps.
+
+    `models` read the same tokens, and their activations stand side by side. `batches` is whatever
+    `surgery.models.as_batch` takes. Raises `SurgeryError` for sites that a model lacks, models of different widths, and
+    activations that are not finite, by batch and token.
+    """
+
+    models: Any
+    sites: Sequence[str]
+    batches: Iterable[Any]
+    keep: Keep = field(default_factory=real_tokens)
+    tokenizer: Any = None
+
+    def __post_init__(self) -> None:
+        self.models = list(self.models) if isinstance(self.models, Sequence | nn.ModuleList) else [self.models]
+        if isinstance(self.sites, str):
+            self.sites = [self.sites]
+        each = [anatomy_of(unwrapped(model)).expand(self.sites) for model in self.models]
+        if any(sites != each[0] for sites in each[1:]):
+            raise SurgeryError("The models do not have the same sites.", hint="Pairs need the same architecture.")
+        self.names = [str(site) for site in each[0]]
+
+    def __iter__(self) -> Iterator[Rows]:
+        for number, thing in enumerate(self.batches):
+            batch = as_batch(thing, self.tokenizer)
+            yield self.read(batch, number)
+
+    @torch.no_grad()
+    def read(self, batch: Batch, number: int = 0) -> Rows:
+        """The rows of one batch."""
+        kept = self.keep(batch)
+        parts = [_seen(model, self.names, batch) for model in self.models]
+        found = {}
+        for name in self.names:
+            values = [part[name][kept.to(part[name].device)].flatten(1).float() for part in parts]
+            if len({value.shape[1] for value in values}) > 1:
+                raise SurgeryError(f"'{name}' has widths of {[value.shape[1] for value in values]} in these models.")
+            rows = torch.cat([value.to(values[0].device) for value in values], 1)
+            if not bool(rows.isfinite().all()):
+                token = int((~rows.isfinite()).any(1).nonzero()[0])
+                place = kept.nonzero()[token].tolist()
+                raise SurgeryError(
+                    f"Activations at '{name}' are not finite: batch {number}, row {place[0]}, token {place[1]}.",
+                    hint="Look at that text, or at the model's precision.",
+                )
+            found[name] = rows
+        return found
+
+
+class _Enough(Exception):
+    """What lies above is of no use."""
+
+
+def _seen(model: Any, sites: Sequence[str], batch: Batch) -> dict[str, Tensor]:
+    """(batch, pos, ...) of every site, from a pass that ends behind the deepest."""
+    model = unwrapped(model)
+    with untouched(model), capture(model, sites, clone=False) as seen, _ending(model, sites):
+        with suppress(_Enough):
+            model(**batch.inputs(model), use_cache=False)
+    return {name: seen[name] for name in sites}
+
+
+@contextmanager
+def _ending(model: Any, sites: Sequence[str]) -> Iterator[None]:
+    """Inside, a pass ends with the block of the deepest site; sites outside of blocks need all of it."""
+    layers = [Site.parse(site).layer for site in sites]
+    if any(layer is None for layer in layers):
+        yield
+        return
+    deepest = max(layer for layer in layers if layer is not None)
+
+    def enough(*_: Any) -> None:
+        raise _Enough
+
+    handle = anatomy_of(model).blocks[deepest].register_forward_hook(enough)  # behind the hooks that keep its output
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class Shuffled:
+    """Batches of rows in random order, from a buffer of `size` rows that is always full while the stream lasts.
+
+    Every batch is drawn at random from the whole buffer, without replacement, and its places are filled with the
+    stream's next rows; at the end the rest is drawn. One copy of the buffer, `size` x width x 4 bytes a site. The order
+    is a function of the seed and the stream. With `drop_last` a last batch that is smaller is left out.
+    """
+
+    def __init__(self, stream: Iterable[Rows], *, size: int, batch: int, seed: int = 0, drop_last: bool = True) -> None:
+        if batch < 1 or size < batch:
+            raise SurgeryError(f"A buffer of {size:,} rows can't give batches of {batch:,}.", hint="Raise its size.")
+        self.stream, self.size, self.batch, self.drop_last = stream, size, batch, drop_last
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[Rows]:
+        buffer: Rows = {}
+        filled = 0
+        for rows in self.stream:
+            if not buffer:
+                buffer = {name: value.new_empty(self.size, value.shape[1]) for name, value in rows.items()}
+            start, many = 0, len(next(iter(rows.values())))
+            while start < many:
+                stop = min(many, start + self.size - filled)
+                for name, value in rows.items():
+                    buffer[name][filled : filled + stop - start] = value[start:stop]
+                filled, start = filled + stop - start, stop
+                if filled == self.size:
+                    yield self._drawn(buffer, filled)
+                    filled -= self.batch
+        while filled >= self.batch or (filled and not self.drop_last):
+            yield self._drawn(buffer, filled)
+            filled = max(0, filled - self.batch)
+
+    def _drawn(self, buffer: Rows, filled: int) -> Rows:
+        """Random rows of the first `filled`, whose places the last ones then take: the end of them is free."""
+        many = min(self.batch, filled)
+        chosen = torch.randperm(filled, generator=self.generator)[:many]
+        found = {name: value[chosen] for name, value in buffer.items()}
+        free = torch.zeros(filled, dtype=torch.bool)
+        free[chosen] = True
+        holes = free[: filled - many].nonzero().view(-1)
+        moved = (~free[filled - many :]).nonzero().view(-1) + filled - many
+        for value in buffer.values():
+            value[holes] = value[moved]
+        return found
