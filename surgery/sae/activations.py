@@ -102,9 +102,8 @@ class _Enough(Exception):
 def _seen(model: Any, sites: Sequence[str], batch: Batch) -> dict[str, Tensor]:
     """(batch, pos, ...) of every site, from a pass that ends behind the deepest."""
     model = unwrapped(model)
-    with untouched(model), capture(model, sites, clone=False) as seen, _ending(model, sites):
-        with suppress(_Enough):
-            model(**batch.inputs(model), use_cache=False)
+    with untouched(model), capture(model, sites, clone=False) as seen, _ending(model, sites), suppress(_Enough):
+        model(**batch.inputs(model), use_cache=False)
     return {name: seen[name] for name in sites}
 
 
