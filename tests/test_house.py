@@ -13,7 +13,8 @@ FLOORS = [
     {"surgery.models", "surgery.zoo", "surgery.tasks", "surgery.interop", "surgery.decoding"},
     {"surgery.weights", "surgery.activations", "surgery.logits"},
     {"surgery.tuning"},
-    {"surgery.training", "surgery.sae"},
+    {"surgery.training"},
+    {"surgery.sae"},
     {"analysis"},
     {"surgery.cli"},
 ]

@@ -7,6 +7,7 @@
 |---|---|
 | the dictionary: encoder, decoder; transcoders and crosscoders too | `dictionary.py` |
 | what makes it sparse, and its losses: standard, gated, JumpReLU, TopK, BatchTopK, Matryoshka | `rules.py` |
+| training several dictionaries over one stream | `train.py` |
 | activations of any site, of one model or of several on the same tokens, shuffled | `activations.py` |
 | FVU and the like in one pass; planted directions, and how many are found | `metrics.py` |
 | codes as (row, latent, value), with exact gradients and one dense product | `codes.py` |

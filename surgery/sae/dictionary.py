@@ -118,6 +118,22 @@ class Dictionary(nn.Module):
         self.check(x)
         return self.rule.train(self, x, x if target is None else target, dead, warm)
 
+    @torch.no_grad()
+    def fold(self, scale: float, target: float | None = None) -> Dictionary:
+        """Takes in that it was trained on `scale` x, to rebuild `target` y: afterwards it reads and gives x and y.
+
+        h is the same, E <- scale E; what is rebuilt is divided by its factor. A rule that weighs h by the decoder's
+        norms meets smaller norms then, and its thresholds are divided likewise: the same latents are chosen.
+        """
+        target = scale if target is None else target
+        self.encoder.mul_(scale)
+        self.decoder.div_(target)
+        self.b_dec.div_(target)
+        if self.skip is not None:
+            self.skip.mul_(scale / target)
+        self.rule.fold(self, 1 / target)
+        return self
+
     def check(self, x: Tensor) -> None:
         """Raises `SurgeryError` for activations of another width."""
         if x.shape[-1] != self.d_in:

@@ -26,9 +26,9 @@ class Quality:
     l0: float
     """Codes a row."""
     cosine: float
-    """Between a row and its reconstruction, mean."""
+    """Between a row and its reconstruction, mean over rows that are not 0."""
     shrinkage: float
-    """Length of the reconstruction over that of the row, mean: below 1 it shrinks."""
+    """Length of the reconstruction over that of the row, mean over rows that are not 0: below 1 it shrinks."""
     dead: float
     """Share of latents that no row uses."""
     density: Tensor
@@ -50,7 +50,7 @@ def measure(dictionary: Dictionary, batches: Iterable[Tensor], targets: Iterable
 
     Raises `SurgeryError` without rows.
     """
-    count, codes = 0, 0
+    count = codes = some = 0
     error = squares = cosine = ratio = 0.0
     total: Tensor | None = None
     origin: Tensor | None = None
@@ -64,20 +64,18 @@ def measure(dictionary: Dictionary, batches: Iterable[Tensor], targets: Iterable
         error += float((output - wanted).square().sum())
         squares += float((wanted - origin).square().sum())
         total += (wanted - origin).sum(0)
-        cosine += float(torch.cosine_similarity(output, wanted, dim=1).sum())
-        ratio += float((output.norm(dim=1) / wanted.norm(dim=1).clamp(min=1e-12)).sum())
+        there = wanted.norm(dim=1) > 0
+        some += int(there.sum())
+        cosine += float(torch.cosine_similarity(output, wanted, dim=1)[there].sum())
+        ratio += float((output.norm(dim=1) / wanted.norm(dim=1))[there].sum())
         fired += found.layout.fired.cpu()
     if total is None:
         raise SurgeryError("There are no activations to measure a dictionary on.")
     variance = squares - float(total.square().sum()) / count
-    if variance <= 1e-12 * max(squares, 1e-30):
-        fvu = 0.0 if error <= 1e-10 * count else 1.0
-    else:
-        fvu = error / variance
-    density = fired.double() / count
-    return Quality(
-        count, fvu, codes / count, cosine / count, ratio / count, float((fired == 0).double().mean()), density
-    )
+    constant = variance <= 1e-12 * max(squares, 1e-30)
+    fvu = float(error > 1e-10 * count) if constant else error / variance
+    dead = float((fired == 0).double().mean())
+    return Quality(count, fvu, codes / count, cosine / max(1, some), ratio / max(1, some), dead, fired.double() / count)
 
 
 def max_cosines(true: Tensor, found: Tensor) -> Tensor:

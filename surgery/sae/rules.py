@@ -63,6 +63,12 @@ class Rule:
         """How codes are chosen after training."""
         raise NotImplementedError
 
+    def settle(self, of: Dictionary) -> None:
+        """Behind each step of the optimizer: what parameters may not become."""
+
+    def fold(self, of: Dictionary, norms: float) -> None:
+        """The decoder's norms have been multiplied by `norms`, and h is as before."""
+
 
 def squared(error: Tensor) -> Tensor:
     """The mean over rows of the sum over dimensions of the square."""
@@ -150,6 +156,10 @@ class JumpRelu(Rule):
     def pick(self, of: Dictionary) -> Pick:
         return settings(above, of.latents, threshold=of.extra("threshold").detach())
 
+    @torch.no_grad()
+    def settle(self, of: Dictionary) -> None:
+        of.extra("threshold").clamp_(min=0)
+
 
 class _Jump(torch.autograd.Function):
     @staticmethod
@@ -208,7 +218,7 @@ class TopK(Rule):
         terms = {}
         if rest:
             left = (target - output).detach()
-            terms["dead"] = self.aux * min(1.0, many / half) * squared(decode(rest[0], of.decoder) - left)
+            terms["aux"] = self.aux * min(1.0, many / half) * squared(decode(rest[0], of.decoder) - left)
         return Trained(output, main.layout.fired, terms | self.more(of, main, x, target))
 
     def chosen(self, of: Dictionary, aside: Dead | None) -> Pick:
@@ -253,7 +263,12 @@ class BatchTopK(TopK):
         return {}
 
     def pick(self, of: Dictionary) -> Pick:
-        return settings(above, of.latents, threshold=of.extra("threshold").float(), scale=self.scale(of))
+        return settings(above, of.latents, threshold=of.extra("threshold").to(of.bias.dtype), scale=self.scale(of))
+
+    @torch.no_grad()
+    def fold(self, of: Dictionary, norms: float) -> None:
+        if self.by_norm:
+            of.extra("threshold").mul_(norms)
 
 
 @RULES.register("matryoshka")

@@ -143,13 +143,13 @@ def test_dead_latents_learn_what_is_left(rule, many):
     aside = torch.zeros_like(h).scatter(1, index, h.gather(1, index)) @ p["decoder"]
     term = min(1, many / (D // 2)) * squared(aside - (x - out).detach())
     found = mine.trained(x, dead=dead)
-    torch.testing.assert_close(found.terms["dead"], term)
-    found.terms["dead"].backward()
+    torch.testing.assert_close(found.terms["aux"], term)
+    found.terms["aux"].backward()
     term.backward()
     for name in ("encoder", "decoder", "bias", "b_dec"):
         torch.testing.assert_close(getattr(mine, name).grad, p[name].grad, rtol=1e-8, atol=1e-9)
     assert float(mine.encoder.grad[:many].abs().max()) > 0
-    assert "dead" not in mine.trained(x, dead=torch.zeros(LATENTS, dtype=torch.bool)).terms
+    assert "aux" not in mine.trained(x, dead=torch.zeros(LATENTS, dtype=torch.bool)).terms
 
 
 @pytest.mark.parametrize("rule", DENSE, ids=str)

@@ -47,6 +47,12 @@ def test_constant_activations():
         measure(dictionary, [])
 
 
+def test_rows_of_nothing_have_no_direction():
+    dictionary, x = Dictionary(10, 40, TopK(k=4)), rows()
+    with_nothing = measure(dictionary, [x, torch.zeros(100, 10)])
+    assert with_nothing.shrinkage == pytest.approx(measure(dictionary, [x]).shrinkage) and with_nothing.rows == 400
+
+
 def test_directions_that_are_found():
     planted = Planted(d=16, n=20)
     assert recovered(planted.directions, planted.directions.flip(0) * 3) == pytest.approx({"mmcs": 1, "recall": 1})
