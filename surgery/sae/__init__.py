@@ -10,6 +10,7 @@
 | training several dictionaries over one stream | `train.py` |
 | activations of any site, of one model or of several on the same tokens, shuffled | `activations.py` |
 | FVU and the like in one pass; planted directions, and how many are found | `metrics.py` |
+| activations on disk, for sweeps | `cache.py` |
 | codes as (row, latent, value), with exact gradients and one dense product | `codes.py` |
 | which latents a row may use: top k, top k over the batch, above a threshold | `sparsity.py` |
 """
