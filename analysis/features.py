@@ -44,7 +44,7 @@ def _parts(dictionary: Dictionary) -> tuple[Tensor, Tensor]:
 
 
 def relative_norms(dictionary: Dictionary) -> Tensor:
-    """(latents,) 1/2 (1 + (|D^tuned| - |D^base|) / max): 0 base only, 1/2 shared, 1 tuned only; NaN where both are 0."""
+    """(latents,) 1/2 (1 + (|D^tuned| - |D^base|) / max): 0 base only, 1/2 shared, 1 tuned only; NaN of no decoder."""
     base, tuned = (rows.norm(dim=1) for rows in _parts(dictionary))
     return 0.5 * (1 + (tuned - base) / torch.maximum(tuned, base))
 
