@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
-from surgery.tuning.selection.places import Places, Selection, narrow
+from surgery.tuning.selection.places import Places, Selection, Slice, narrow
 
 
 @dataclass(eq=False)
@@ -50,7 +50,9 @@ def banks_of(model: nn.Module, selection: Selection) -> list[Bank]:
         if not p.is_contiguous():
             raise SurgeryError(f"'{name}' does not lie in one piece in memory.", hint="Make it .contiguous().")
         part, count = selection.places[name], selection.counted(name)
-        places = None if part is None else narrow(selection.flat(name), p.numel()).to(p.device)
+        places = part.flat(selection.shapes[name]) if isinstance(part, Slice) else part
+        if places is not None:  # the selection's own tensor where that will do: it is held once
+            places = narrow(places, p.numel()).to(p.device)
         banks.append(Bank(name, p, places, part, at, at + count))
         at += count
     devices = {bank.parameter.device for bank in banks}

@@ -215,8 +215,9 @@ class SparseAdamW(Optimizer):
         return self._gathered[bank.start : bank.stop]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gathered gradients; their memory is used again."""
-        self.flat.grad, self._spent = None, False
+        """Forgets the gathered gradients. Their memory goes back: the next ones fill it layer by layer."""
+        self.flat.grad = self._gathered = None
+        self._spent = False
         for bank in self.banks:
             bank.fresh = True
 
