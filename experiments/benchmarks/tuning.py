@@ -7,7 +7,7 @@
     python experiments/benchmarks/tuning.py --tables              # the section of README.md of the stored run
 
 A Llama of 4 layers, width 768 and inner width 2,112 (28,901,376 numbers in linear layers, 29.7 million in all),
-random, float32; 5 % of the linear layers' numbers move (1,445,069), and adapters are as large. One thread; CPU seconds
+random, float32; 5 % of the linear layers' numbers move (1,445,068), and adapters are as large. One thread; CPU seconds
 of the process; every arm has a model of its own and makes one step in each round, in turn, so that a slow minute of the
 machine hits all; a ratio is the median of the rounds' ratios, with the least and the largest.
 
@@ -54,7 +54,8 @@ from surgery.weights.delta_file import SparseDelta
 
 HERE = Path(__file__).parent
 SMALL = Shape(layers=2, width=64, inner=176, heads=4, vocabulary=100)
-BATCHES = {"32": (1, 32), "1,024 as 8 x 128": (8, 128), "1,024 as one row": (1, 1024)}
+SHORT = "32 tokens"
+BATCHES = {SHORT: (1, 32), "1,024 tokens as 8 x 128": (8, 128), "1,024 tokens as one row": (1, 1024)}
 LINE = 64
 """Bytes that a processor moves at a time."""
 Row = dict[str, Any]
@@ -151,7 +152,7 @@ def mask(shape: Shape, rounds: int, lift: Path | None) -> Row:
     arm = ARMS[OURS](shape, None)
     batches = {tokens: shape.ids(*how) for tokens, how in BATCHES.items()}
     chosen = chosen_of(shape)
-    arm.step(batches["32"])
+    arm.step(batches[SHORT])
     assert isinstance(arm.optimizer, Timed)
     optimizer = arm.optimizer
     jobs: dict[str, Callable[[], Any]] = {
@@ -234,10 +235,10 @@ def run(sections: Sequence[str], fast: bool, lift: Path | None) -> dict[str, lis
     names = [FULL, OURS] if fast else at_hand(lift)
     plans: dict[str, list[Callable[[], Row]]] = {
         "steps": [
-            partial(steps, shape, tokens, 1 if fast else 15 if tokens == "32" else 7, lift)
-            for tokens in (["32"] if fast else BATCHES)
+            partial(steps, shape, tokens, 1 if fast else 15 if tokens == SHORT else 7, lift)
+            for tokens in ([SHORT] if fast else BATCHES)
         ],
-        "memory": [partial(peaks, shape, tokens, names, lift) for tokens in (["32"] if fast else BATCHES)],
+        "memory": [partial(peaks, shape, tokens, names, lift) for tokens in ([SHORT] if fast else BATCHES)],
         "state": [partial(state, shape, lift)],
         "mask": [partial(mask, shape, 1 if fast else 5, lift)],
         "delta": [partial(delta, shape, lift)],

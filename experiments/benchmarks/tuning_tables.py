@@ -34,7 +34,7 @@ def steps_table(rows: Sequence[Row]) -> str:
     """A table for each shape of batch, milliseconds; then what the aims ask."""
     found = []
     for row in rows:
-        heads = [f"{row['tokens']} tokens, ms", "forward", "backward", "gathering", "update", "phase of AdamW",
+        heads = [f"ms, {row['tokens']}", "forward", "backward", "gathering", "update", "phase of AdamW",
                  "phase of fused", "step", "step of AdamW", "step of fused"]  # fmt: skip
         lines = []
         for name, arm in row["arms"].items():
@@ -58,7 +58,7 @@ def aims_table(rows: Sequence[Row]) -> str:
             ratios = [row["arms"][arm][f"{part} of {other}"] for other in (FULL, FUSED)]
             cells = [cell for r in ratios for cell in (spread(r), verdict(r["ratio"], AIMS[aim]))]
             lines.append([row["tokens"], label, f"{AIMS[aim]:.2f}", *cells])
-    return table(["tokens", "of AdamW's", "at most", "AdamW", "", "AdamW, fused", ""], lines)
+    return table(["a step of", "of AdamW's", "at most", "AdamW", "", "AdamW, fused", ""], lines)
 
 
 def floor_table(rows: Sequence[Row]) -> str:
@@ -71,7 +71,7 @@ def floor_table(rows: Sequence[Row]) -> str:
             f"{floor['bytes_per_s'] / 1e9:.1f}", f"{1000 * floor['seconds']:.1f}", f"{floor['times']:.1f}",
             f"{1000 * arm['backward']:.1f}", f"{1000 * arm['backward without hooks']:.1f}",
         ])  # fmt: skip
-    heads = ["tokens", "phase, ms", "MB to move", "GB/s of copying", "floor, ms", "times the floor", "backward, ms",
+    heads = ["a step of", "phase, ms", "MB to move", "GB/s of copying", "floor, ms", "times the floor", "backward, ms",
              "without hooks, ms"]  # fmt: skip
     return table(heads, lines)
 
@@ -90,7 +90,7 @@ def memory_table(rows: Sequence[Row]) -> str:
     if LORA in peak:
         aims.append(f"no more than LoRA's: {peak[OURS]:.1f} against {peak[LORA]:.1f} MiB, "
                     f"{verdict(peak[OURS], peak[LORA])}")  # fmt: skip
-    return f"{found}\n\nLIFT's mask at {rows[0]['tokens']} tokens, {'; '.join(aims)}."
+    return f"{found}\n\nLIFT's mask at {rows[0]['tokens']}, {'; '.join(aims)}."
 
 
 def state_table(rows: Sequence[Row]) -> str:
@@ -111,7 +111,7 @@ def mask_table(rows: Sequence[Row]) -> str:
     took, lines = row["seconds"], []
     for tokens, times in row["of step"].items():
         aim = verdict(times, AIMS["refresh"]) if tokens.startswith("1,024") else ""
-        lines.append([f"a step of {tokens} tokens", f"{took[f'step, {tokens}']:.2f}", f"{times:.2f}", aim])
+        lines.append([f"a step of {tokens}", f"{took[f'step, {tokens}']:.2f}", f"{times:.2f}", aim])
     lines.append(["a full SVD of every matrix", f"{took['full SVD']:.2f}", f"{row['of svd']:.2f}", ""])
     heads = ["against", "s", f"refresh ({row['refresh']:.2f} s), times", f"at most {AIMS['refresh']:.0f}"]
     note = (
@@ -180,7 +180,7 @@ def told_steps(rows: Sequence[Row]) -> str:
     for row in rows[1:]:
         more.append(f"{row['arms'][OURS][f'whole of {FUSED}']['ratio']:.2f} of fused AdamW's ({row['tokens']})")
     told = (
-        f"At {rows[0]['tokens']} tokens the optimizer phase of LIFT's mask takes "
+        f"At {rows[0]['tokens']} the optimizer phase of LIFT's mask takes "
         f"{ours[f'phase of {FULL}']['ratio']:.2f} of torch's default AdamW and "
         f"{ours[f'phase of {FUSED}']['ratio']:.2f} of the fused one, "
         f"the whole step {ours[f'whole of {FULL}']['ratio']:.2f} and "
