@@ -61,16 +61,19 @@ def picture(summary: Mapping[str, Any]) -> Figure:
             errors = [[[max(0, change[k]["mean"] - change[k]["low"])], [max(0, change[k]["high"] - change[k]["mean"])]]
                       for k in ("target", text)]  # fmt: skip
             axis.errorbar(x, y, errors[1], errors[0], fmt="k" + marks[arm], capsize=2, elinewidth=0.7, markersize=7,
-                          markerfacecolor="black" if arm == "LIFT" else "white", label=arm)  # fmt: skip
+                          markerfacecolor="black" if arm == "LIFT" else "white")  # fmt: skip
+            side = -1 if arm == "HFT" else 1
+            axis.annotate(arm, (x, y), xytext=(7 * side, 5), textcoords="offset points", fontsize="small",
+                          ha="right" if side < 0 else "left")  # fmt: skip
         axis.set(xlabel=f"held-out solutions, nats a token (base {summary['arms']['base']['scores']['target']:.2f})",
                  ylabel="log-probability, nats a token", title=f"{text} (dashed: base)")  # fmt: skip
-        axis.legend(frameon=False, fontsize="small")
         axis.locator_params(axis="x", nbins=5)
     arms, full = list(summary["arms"])[1:], summary["arms"]["full"]
     at = np.arange(len(arms))
-    for shift, key, colour, label in ((-0.2, "peak", "0.75", "peak memory above the weights"),
-                                      (0.2, "seconds", "white", "CPU seconds")):  # fmt: skip
-        heights = [summary["arms"][arm][key] / full[key] for arm in arms]
+    memory = [summary["arms"][arm]["peak"] / full["peak"] for arm in arms]
+    seconds = [summary["arms"][arm]["times full"] for arm in arms]
+    for shift, heights, colour, label in ((-0.2, memory, "0.75", "peak memory above the weights"),
+                                          (0.2, seconds, "white", "CPU seconds")):  # fmt: skip
         last.bar(at + shift, heights, 0.4, color=colour, edgecolor="black", label=label)
         for x, height in zip(at + shift, heights, strict=True):
             last.annotate(f"{height:.2f}", (x, height), ha="center", va="bottom", fontsize="x-small")
