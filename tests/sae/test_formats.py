@@ -1,0 +1,453 @@
+"""Dictionaries in other packages' files: what comes back, what is folded, what is refused, what a bad file does.
+
+What the packages themselves write and compute: test_formats_peers.py.
+"""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from surgery.errors import SurgeryError
+from surgery.sae import formats
+from surgery.sae.dictionary import Dictionary
+from surgery.sae.formats import load, save
+from surgery.sae.rules import BatchTopK, Gated, JumpRelu, Matryoshka, Standard, TopK
+
+D, OUT, LATENTS, ROWS = 10, 7, 48, 64
+LIKE = {"model_name": "tiny", "hook_name": "blocks.1.hook_resid_post"}
+TINY = 1e-6
+"""Of the largest number, where tensors were rounded on their way into a file."""
+
+
+def batch(width=D, rows=ROWS):
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(5))
+
+
+def dictionary(rule, d_in=D, **more):
+    """Random numbers, decoder rows of norms that differ, thresholds above 0."""
+    found, generator = Dictionary(d_in, LATENTS, rule, **more), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in found.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.5)
+            if name == "threshold":
+                p.abs_()
+        if isinstance(rule, BatchTopK):
+            found.threshold.fill_(0.7)
+    return found
+
+
+def results(found, x):
+    """Codes in units of the decoder's norms, which folding does not change, and what is rebuilt."""
+    with torch.no_grad():
+        return found.codes(x).dense() * found.norms(), found(x)
+
+
+def same(one, other, x, tolerance):
+    for a, b in zip(results(one, x), results(other, x), strict=True):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+    assert torch.equal(results(one, x)[0] > 0, results(other, x)[0] > 0)
+
+
+# name: format, dictionary, whether every number is kept
+HELD = {
+    "saelens-standard": ("saelens", lambda: dictionary(Standard()), True),
+    "saelens-standard-uncentred": ("saelens", lambda: dictionary(Standard(), centered=False), True),
+    "saelens-gated": ("saelens", lambda: dictionary(Gated()), True),
+    "saelens-jumprelu": ("saelens", lambda: dictionary(JumpRelu()), True),
+    "saelens-topk": ("saelens", lambda: dictionary(TopK(k=5, by_norm=False)), True),
+    "saelens-topk-by-norm": ("saelens", lambda: dictionary(TopK(k=5)), False),
+    "saelens-batchtopk": ("saelens", lambda: dictionary(BatchTopK(k=4.5, by_norm=False)), True),
+    "saelens-batchtopk-by-norm": ("saelens", lambda: dictionary(BatchTopK(k=4.5)), False),
+    "saelens-matryoshka": ("saelens", lambda: dictionary(Matryoshka(k=4.0, widths=(9, 20))), False),
+    "saelens-transcoder": ("saelens", lambda: dictionary(Standard(), d_out=OUT, centered=False), True),
+    "saelens-skip": ("saelens", lambda: dictionary(Standard(), d_out=OUT, centered=False, skip=True), True),
+    "saelens-jumprelu-skip": ("saelens", lambda: dictionary(JumpRelu(), d_out=OUT, centered=False, skip=True), True),
+    "saelens-batchtopk-transcoder": ("saelens", lambda: dictionary(BatchTopK(k=4.0), d_out=OUT, centered=False), False),
+    "sparsify-topk": ("sparsify", lambda: dictionary(TopK(k=5, by_norm=False)), True),
+    "sparsify-topk-by-norm": ("sparsify", lambda: dictionary(TopK(k=5)), False),
+    "sparsify-transcoder": ("sparsify", lambda: dictionary(TopK(k=5, by_norm=False), centered=False), True),
+    "sparsify-skip": ("sparsify", lambda: dictionary(TopK(k=5, by_norm=False), skip=True), True),
+    "sparsify-skip-transcoder": (
+        "sparsify",
+        lambda: dictionary(TopK(k=5, by_norm=False), skip=True, centered=False),
+        True,
+    ),
+    "dl-standard": ("dictionary_learning", lambda: dictionary(Standard()), True),
+    "dl-standard-uncentred": ("dictionary_learning", lambda: dictionary(Standard(), centered=False), True),
+    "dl-gated": ("dictionary_learning", lambda: dictionary(Gated()), True),
+    "dl-gated-uncentred": ("dictionary_learning", lambda: dictionary(Gated(), centered=False), False),
+    "dl-jumprelu": ("dictionary_learning", lambda: dictionary(JumpRelu(), centered=False), True),
+    "dl-jumprelu-centred": ("dictionary_learning", lambda: dictionary(JumpRelu()), False),
+    "dl-topk": ("dictionary_learning", lambda: dictionary(TopK(k=5, by_norm=False)), True),
+    "dl-topk-by-norm": ("dictionary_learning", lambda: dictionary(TopK(k=5)), False),
+    "dl-batchtopk": ("dictionary_learning", lambda: dictionary(BatchTopK(k=4.0)), False),
+    "dl-matryoshka": ("dictionary_learning", lambda: dictionary(Matryoshka(k=4, widths=(9, 20), by_norm=False)), True),
+    "crosscoder-l1": ("dictionary_learning", lambda: dictionary(Standard(), 2 * D, models=2, centered=False), True),
+    "crosscoder-l1-centred": ("dictionary_learning", lambda: dictionary(Standard(), 3 * D, models=3), False),
+    "crosscoder": ("dictionary_learning", lambda: dictionary(BatchTopK(k=4), 2 * D, models=2, centered=False), True),
+    "crosscoder-by-value": (
+        "dictionary_learning",
+        lambda: dictionary(BatchTopK(k=4, by_norm=False), 2 * D, models=2, centered=False),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_what_is_saved_comes_back(tmp_path, name):
+    """Max difference 0 where nothing is folded; else 1e-6 of the largest number, and the same latents in use."""
+    to, make, exact = HELD[name]
+    mine = make()
+    before = {n: p.clone() for n, p in mine.state_dict().items()}
+    save(mine, tmp_path / "x", to, metadata=LIKE, allow_pickle=True)
+    assert all(torch.equal(p, before[n]) for n, p in mine.state_dict().items())
+    found, metadata = load(tmp_path / "x", allow_pickle=True)
+    assert metadata.items() >= LIKE.items()
+    same(found, mine, batch(mine.d_in), 0 if exact else TINY)
+    assert (found.d_in, found.d_out, found.models) == (mine.d_in, mine.d_out, mine.models)
+    if exact and type(found.rule) is type(mine.rule):
+        for key, value in mine.state_dict().items():
+            close = {"rtol": 1e-7, "atol": 0} if key == "threshold" else {"rtol": 0, "atol": 0}  # a float32 there
+            torch.testing.assert_close(found.state_dict()[key], value, **close)
+        assert found.is_centered == mine.is_centered
+    save(found, tmp_path / "y", to, metadata=metadata, allow_pickle=True)
+    for file in (tmp_path / "x").iterdir():
+        if file.suffix != ".pt":  # whose bytes name the file
+            again = (tmp_path / "y" / file.name).read_bytes()
+            assert again == file.read_bytes() or (file.name == "model.safetensors" and not exact)
+
+
+def test_norms_are_folded_and_a_threshold_of_the_batch_stays_one_number(tmp_path):
+    mine = dictionary(BatchTopK(k=4.0))
+    save(mine, tmp_path / "x")
+    stored, norms = load_file(tmp_path / "x" / "sae_weights.safetensors"), mine.norms().detach()
+    torch.testing.assert_close(stored["W_dec"].norm(dim=1), torch.ones(LATENTS), rtol=TINY, atol=0)
+    torch.testing.assert_close(stored["W_enc"], (mine.encoder * norms[:, None]).T.detach(), rtol=TINY, atol=0)
+    torch.testing.assert_close(stored["b_enc"], (mine.bias * norms).detach(), rtol=TINY, atol=0)
+    assert torch.equal(stored["threshold"], torch.full((LATENTS,), 0.7))  # of h times norms, as it was
+    assert json.loads((tmp_path / "x" / "cfg.json").read_text())["architecture"] == "jumprelu"
+
+
+def test_latents_without_a_direction_are_not_used_after_folding(tmp_path):
+    mine = dictionary(TopK(k=40))
+    with torch.no_grad():
+        mine.decoder[3] = 0
+    save(mine, tmp_path / "x")
+    found, _ = load(tmp_path / "x")
+    assert not found.encoder[3].any() and not found.decoder.isnan().any()
+    assert not found.codes(batch()).dense()[:, 3].any()
+    with torch.no_grad():
+        torch.testing.assert_close(found(batch()), mine(batch()), rtol=0, atol=1e-5)
+
+
+def test_thresholds_below_zero_are_those_of_a_relu(tmp_path):
+    """The packages take the ReLU first; a value below 0 never passes, whatever the threshold."""
+    mine = dictionary(JumpRelu())
+    save(mine, tmp_path / "x")
+    file = tmp_path / "x" / "sae_weights.safetensors"
+    stored = load_file(file)
+    stored["threshold"] = -stored["threshold"]
+    stored["threshold"][5] = torch.inf
+    save_file(stored, file)
+    found, _ = load(tmp_path / "x")
+    f = found.codes(batch()).dense()
+    h = (batch() - mine.b_dec) @ mine.encoder.T + mine.bias
+    h[:, 5] = 0
+    torch.testing.assert_close(f, h.relu().detach())
+
+
+def test_a_scale_of_activations_is_folded_into_everything_that_depends_on_it(tmp_path):
+    """Of a checkpoint of a training: E, D, b_dec, the threshold (of values times norms). Upstream was wrong 3 times."""
+    mine = dictionary(BatchTopK(k=4.0))
+    tensors = {"W_enc": mine.encoder.T, "b_enc": mine.bias, "W_dec": mine.decoder, "b_dec": mine.b_dec}
+    save(mine, tmp_path / "x")
+    stored = {n: t.detach().contiguous().clone() for n, t in tensors.items()} | {"topk_threshold": mine.threshold}
+    save_file(stored, tmp_path / "x" / "sae_weights.safetensors")
+    config = {"architecture": "batchtopk", "d_in": D, "d_sae": LATENTS, "k": 4.0, "topk_threshold_lr": 0.02,
+              "rescale_acts_by_decoder_norm": True, "normalize_activations": "expected_average_only_in"}  # fmt: skip
+    (tmp_path / "x" / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(SurgeryError, match="normalised"):
+        load(tmp_path / "x")
+    (tmp_path / "x" / "activation_scaler.json").write_text('{"scaling_factor": 2.5}')
+    found, _ = load(tmp_path / "x")
+    assert found.rule == BatchTopK(k=4.0, rate=0.02)
+    with torch.no_grad():
+        torch.testing.assert_close(found(batch()), mine(batch() * 2.5) / 2.5)
+        assert torch.equal(found.codes(batch()).dense() > 0, mine.codes(batch() * 2.5).dense() > 0)
+
+
+def test_numbers_of_16_bits_become_float32_and_of_64_stay(tmp_path):
+    for dtype, wanted in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64,) * 2):
+        mine = dictionary(TopK(k=5, by_norm=False)).to(dtype)
+        out = save(mine, tmp_path / str(dtype), "sparsify")
+        found, _ = load(out)
+        assert found.encoder.dtype == wanted and torch.equal(found.encoder, mine.encoder.to(wanted))
+
+
+def test_codes_can_be_trained_further(tmp_path):
+    save(dictionary(TopK(k=5, by_norm=False)), tmp_path / "x", "sparsify")
+    found, _ = load(tmp_path / "x")
+    found.trained(batch()).output.square().sum().backward()
+    assert all(p.grad is not None and float(p.grad.abs().max()) > 0 for p in found.parameters())
+
+
+def test_old_flat_configs_and_the_smallest_one(tmp_path):
+    mine = dictionary(TopK(k=5, by_norm=False))
+    save(mine, tmp_path / "x")
+    for config in (
+        {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 5}, "hook_point": "blocks.1.hook_resid_post",
+         "hook_point_layer": 1, "normalize_activations": False},
+        {"architecture": "topk", "k": 5, "metadata": {"hook_name": "blocks.1.hook_resid_post"}},
+    ):  # fmt: skip
+        (tmp_path / "x" / "cfg.json").write_text(json.dumps(config))
+        found, metadata = load(tmp_path / "x")
+        assert metadata["hook_name"] == LIKE["hook_name"] and "k" not in metadata
+        same(found, mine, batch(), 0)
+
+
+# ---- what a format can't hold
+
+
+@pytest.mark.parametrize(
+    ("make", "to", "told"),
+    [
+        (lambda: dictionary(BatchTopK(k=4), 2 * D, models=2), "saelens", "no crosscoders"),
+        (lambda: dictionary(TopK(k=4), d_out=OUT, centered=False), "saelens", "no transcoders with TopK"),
+        (lambda: dictionary(Gated(), centered=False, skip=True), "saelens", "no transcoders with Gated"),
+        (lambda: dictionary(Standard(), skip=True), "saelens", "no autoencoders with a skip"),
+        (lambda: dictionary(Standard()), "sparsify", "no dictionaries with Standard"),
+        (lambda: dictionary(BatchTopK(k=4)), "sparsify", "no dictionaries with BatchTopK"),
+        (lambda: dictionary(TopK(k=4), d_out=OUT, centered=False), "sparsify", "from a width of 10 to 7"),
+        (lambda: dictionary(TopK(k=4), 2 * D, models=2), "sparsify", "no crosscoders"),
+        (lambda: dictionary(Standard(), d_out=OUT, centered=False), "dictionary_learning", "no transcoders"),
+        (lambda: dictionary(Standard(), skip=True), "dictionary_learning", "no skips"),
+        (lambda: dictionary(BatchTopK(k=3.5)), "dictionary_learning", "no k of 3.5"),
+        (lambda: dictionary(TopK(k=4), 2 * D, models=2), "dictionary_learning", "no crosscoders with TopK"),
+        (lambda: dictionary(Standard()), "sae-lens", "no dictionary format 'sae-lens'"),
+    ],
+)
+def test_what_a_format_cant_hold_is_refused(tmp_path, make, to, told):
+    with pytest.raises(SurgeryError, match=told):
+        save(make(), tmp_path / "x", to, allow_pickle=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pickles_by_flag_alone(tmp_path):
+    mine = dictionary(TopK(k=5, by_norm=False))
+    with pytest.raises(SurgeryError, match="pickle"):
+        save(mine, tmp_path / "x", "dictionary_learning")
+    save(mine, tmp_path / "x", "dictionary_learning", allow_pickle=True)
+    with pytest.raises(SurgeryError, match="pickled"):
+        load(tmp_path / "x")
+
+
+class Runs:
+    def __reduce__(self):
+        return os.mkdir, ("it-ran",)
+
+
+def test_a_pickle_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(dictionary(Standard()), tmp_path / "x", "dictionary_learning", allow_pickle=True)
+    for write in (lambda f: torch.save({"bias": Runs()}, f), lambda f: f.write_bytes(pickle.dumps(Runs()))):
+        write(tmp_path / "x" / "ae.pt")
+        with pytest.raises(SurgeryError, match="can't be read as plain tensors"):
+            load(tmp_path / "x", allow_pickle=True)
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_a_pickle_that_claims_more_than_it_has_is_refused_before_memory_is_taken(tmp_path):
+    save(dictionary(Standard()), tmp_path / "x", "dictionary_learning", allow_pickle=True)
+    huge = torch.zeros(1).expand(1 << 20, 1 << 20)
+    torch.save({"encoder.weight": huge}, tmp_path / "x" / "ae.pt")
+    with pytest.raises(SurgeryError, match="claims 4,398,046,511,104 bytes"):
+        load(tmp_path / "x", allow_pickle=True)
+
+
+# ---- bad folders
+
+
+def changed(folder, tensors=None, **config):
+    """A SAELens folder with some tensors and settings replaced, or, where they are None, left out."""
+    weights, settings = folder / "sae_weights.safetensors", folder / "cfg.json"
+    for file, values, read, write in (
+        (weights, tensors or {}, load_file, lambda v: save_file(v, weights)),
+        (settings, config, lambda f: json.loads(f.read_text()), lambda v: settings.write_text(json.dumps(v))),
+    ):
+        merged = read(file) | values
+        write({name: value for name, value in merged.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "told"),
+    [
+        ({"b_enc": None}, {}, "no tensor 'b_enc'"),
+        ({"b_enc": torch.zeros(LATENTS + 1)}, {}, r"'b_enc' is F32 \[49\]; numbers \[48\]"),
+        ({"W_enc": torch.zeros(D, LATENTS, 1)}, {}, "2 dimensions"),
+        ({"W_enc": torch.zeros(LATENTS, D)}, {}, "says d_in 10, and the tensors have 48"),
+        ({"b_dec": torch.zeros(D, dtype=torch.int64)}, {}, "'b_dec' is I64"),
+        ({"b_dec": torch.full((D,), torch.nan)}, {}, "not finite"),
+        ({"W_enc": torch.full((D, LATENTS), torch.inf)}, {}, "not finite"),
+        ({"log_sigma": torch.zeros(3)}, {}, "unknown here: log_sigma"),
+        ({"scaling_factor": torch.full((LATENTS,), 2.0)}, {}, "scaling_factor"),
+        ({}, {"d_sae": 10**12}, "says d_sae 1,000,000,000,000"),
+        ({}, {"d_in": "10"}, "d_in is '10'; int was expected"),
+        ({}, {"d_in": True}, "d_in is 'True'"),
+        ({}, {"k": LATENTS + 1}, "can't use 49 of 48"),
+        ({}, {"k": -3}, "can't use -3"),
+        ({}, {"k": 2.5}, "k is '2.5'; int"),
+        ({}, {"architecture": "temporal"}, "no dictionary of the kind 'temporal'"),
+        ({}, {"architecture": ["topk"]}, "str was expected"),
+        ({}, {"activation_fn": "tanh-relu"}, "its activation is 'tanh-relu'"),
+        ({}, {"normalize_activations": "layer_norm"}, "normalised"),
+        ({}, {"metadata": {"sae_lens_version": "7.1.0"}}, "written by SAELens 7.1.0; known are versions up to 6"),
+        ({}, {"metadata": {"sae_lens_version": "x" * 500}}, "known are versions"),
+        ({}, {"metadata": 3}, "dict was expected"),
+        ({}, {"apply_b_dec_to_input": "yes"}, "bool was expected"),
+        ({}, {"architecture": "gated"}, "no tensor 'b_gate'"),
+        ({"threshold": torch.full((LATENTS,), torch.nan)}, {"architecture": "jumprelu"}, "not finite"),
+        ({}, {"architecture": "batchtopk"}, "no tensor 'topk_threshold'"),
+    ],
+)
+def test_damaged_folders_of_saelens(tmp_path, tensors, config, told):
+    save(dictionary(TopK(k=5)), tmp_path / "x")
+    changed(tmp_path / "x", tensors, **config)
+    with pytest.raises(SurgeryError, match=told):
+        load(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"activation": "groupmax"}, "'groupmax' is unknown"),
+        ({"signed": True}, "either sign"),
+        ({"num_latents": 7}, "says num_latents 7"),
+        ({"num_latents": 0, "expansion_factor": 32}, "expansion_factor"),
+        ({"skip_connection": True}, "no tensor 'W_skip'"),
+        ({"k": 0}, "can't use 0"),
+    ],
+)
+def test_damaged_folders_of_sparsify(tmp_path, config, told):
+    save(dictionary(TopK(k=5)), tmp_path / "x", "sparsify")
+    file = tmp_path / "x" / "cfg.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    with pytest.raises(SurgeryError, match=told):
+        load(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("make", "tensors", "config", "told"),
+    [
+        (lambda: BatchTopK(k=4), {"k": torch.tensor(5)}, {}, "says k 4, and the tensors have 5"),
+        (lambda: BatchTopK(k=4), {"k": torch.tensor(torch.nan)}, {}, "'k' is not a number"),
+        (lambda: BatchTopK(k=4), {"k": torch.tensor(2.5)}, {}, "whole number"),
+        (lambda: BatchTopK(k=4), {"threshold": torch.zeros(3)}, {}, "one number was expected"),
+        (lambda: BatchTopK(k=4), {"threshold": torch.tensor(torch.nan)}, {}, "not a number"),
+        (lambda: BatchTopK(k=4), {}, {"dict_class": "Sparser"}, "of the class 'Sparser'"),
+        (lambda: BatchTopK(k=4), {}, {"dict_class": None}, "of the class ''"),
+        (lambda: BatchTopK(k=4), {}, {"dict_class": "AutoEncoder"}, "no tensor 'decoder.bias'"),
+        (lambda: Matryoshka(k=4, widths=(9,)), {"group_sizes": torch.tensor([9, 9])}, {}, "group_sizes"),
+        (lambda: Matryoshka(k=4, widths=(9,)), {"group_sizes": torch.tensor([60, -12])}, {}, "group_sizes"),
+    ],
+)
+def test_damaged_folders_of_dictionary_learning(tmp_path, make, tensors, config, told):
+    save(dictionary(make()), tmp_path / "x", "dictionary_learning", allow_pickle=True)
+    file, weights = tmp_path / "x" / "config.json", tmp_path / "x" / "ae.pt"
+    file.write_text(json.dumps({"trainer": json.loads(file.read_text())["trainer"] | config}))
+    torch.save(torch.load(weights, weights_only=True) | tensors, weights)
+    with pytest.raises(SurgeryError, match=told):
+        load(tmp_path / "x", allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "told"),
+    [
+        ({"decoder.weight": torch.zeros(3, LATENTS, D)}, {}, "numbers"),
+        ({"code_normalization_id": torch.tensor(5)}, {}, "for each model apart"),
+        ({"code_normalization_id": torch.tensor(9)}, {}, "normalisation '9'"),
+        ({}, {"encoder_layers": [1]}, "reads the layers"),
+        ({"activation_mean": torch.zeros(2, D), "activation_std": torch.ones(2, D),
+          "activation_global_scale": torch.tensor([1.0, 0.0])}, {}, "not above 0"),
+    ],
+)  # fmt: skip
+def test_damaged_crosscoders(tmp_path, tensors, config, told):
+    save(dictionary(BatchTopK(k=4), 2 * D, models=2), tmp_path / "x", "dictionary_learning")
+    file, weights = tmp_path / "x" / "config.json", tmp_path / "x" / "model.safetensors"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    save_file(load_file(weights) | tensors, weights)
+    with pytest.raises(SurgeryError, match=told):
+        load(tmp_path / "x")
+
+
+def test_folders_that_are_none(tmp_path):
+    mine = dictionary(TopK(k=5))
+    save(mine, tmp_path / "many" / "layers.1", "sparsify")
+    for path, told in (
+        (tmp_path / "nowhere", "is no folder"),
+        (tmp_path / "many" / "layers.1" / "cfg.json", "Give the folder of the file"),
+        (tmp_path / "many", r"It has some in layers.1: give one of them"),
+        (tmp_path, "sae_weights.safetensors"),
+    ):
+        with pytest.raises(SurgeryError, match=told):
+            load(path)
+    save(mine, tmp_path / "two")
+    (tmp_path / "many" / "layers.1" / "sae.safetensors").rename(tmp_path / "two" / "sae.safetensors")
+    with pytest.raises(SurgeryError, match="files of saelens and sparsify"):
+        load(tmp_path / "two")
+    same(load(tmp_path / "two", "saelens")[0], mine, batch(), TINY)
+    with pytest.raises(SurgeryError, match="Did you mean 'saelens'"):
+        load(tmp_path / "two", "sealens")
+    (tmp_path / "two" / "cfg.json").unlink()
+    with pytest.raises(SurgeryError, match=r"has no cfg.json"):
+        load(tmp_path / "two", "saelens")
+
+
+def test_files_that_are_cut_off_or_lead_elsewhere(tmp_path):
+    save(dictionary(TopK(k=5)), tmp_path / "x")
+    file = tmp_path / "x" / "sae_weights.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-4])
+    with pytest.raises(SurgeryError, match="cut off"):
+        load(tmp_path / "x")
+    (tmp_path / "elsewhere.safetensors").write_bytes(whole)
+    file.unlink()
+    file.symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(SurgeryError, match="outside the folder"):
+        load(tmp_path / "x")
+    (tmp_path / "x" / "cfg.json").write_text("{" * 2000)
+    with pytest.raises(SurgeryError, match="not readable JSON"):
+        load(tmp_path / "x")
+
+
+# ---- writing
+
+
+def test_nothing_is_overwritten_without_force_and_nothing_is_left_behind(tmp_path):
+    mine = dictionary(TopK(k=5))
+    save(mine, tmp_path / "x")
+    with pytest.raises(SurgeryError, match="exists already"):
+        save(mine, tmp_path / "x", "sparsify")
+    save(mine, tmp_path / "x", "sparsify", force=True)
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == ["cfg.json", "sae.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    mine = dictionary(TopK(k=5))
+    save(mine, tmp_path / "x")
+    before = (tmp_path / "x" / "cfg.json").read_bytes()
+    with pytest.raises(SurgeryError, match="metadata can't be written as JSON"):
+        save(mine, tmp_path / "x", metadata={"model": object()}, force=True)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(formats.files, "_write_tensors", full)
+    with pytest.raises(SurgeryError, match="No space left"):
+        save(mine, tmp_path / "x", force=True)
+    assert (tmp_path / "x" / "cfg.json").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
