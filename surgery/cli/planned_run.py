@@ -64,7 +64,7 @@ def ready(recipe: Recipe, folder: Path, *, resume: bool, only: bool) -> Ready:
     samples = parts.rewards is not None and ("rollouts" in parts.source.gives or _samples(parts.source))
     notes = _going_on(recipe, folder) if resume else []
     _check_names(recipe)
-    model = empty(recipe.model)  # the first that needs transformers: by now nothing is known to be wrong
+    model = sized(recipe.model, parts)  # the first that needs transformers: by now nothing is known to be wrong
     trainable = _trainable(recipe, parts, model)
     memory = _memory(recipe, parts, model)
     told = {
@@ -158,6 +158,8 @@ def _trainable(recipe: Recipe, parts: Plan, model: Any) -> str:
 def tuned(parts: Plan) -> str:
     """`lift (rank 32), density 0.05 of each tensor, anew every 100 steps`."""
     tuning: Any = parts.tuning
+    if hasattr(tuning, "selection"):
+        return f"a selection made before ({tuning.selection.method})"
     if not hasattr(tuning, "selector"):
         return "" if tuning is None else written(tuning)
     budget, told = tuning.budget, [written(tuning.selector)]
@@ -179,6 +181,17 @@ def empty(name: Any) -> Any:
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(locate(models.model(str(name))))).float()
     except (OSError, ValueError) as error:
         raise SurgeryError(f"The model '{name}' can't be loaded: {str(error).splitlines()[0]}") from error
+
+
+def sized(name: Any, parts: Plan) -> Any:
+    """The model without numbers, or with them where only they tell how many of them move."""
+    if not getattr(parts.tuning, "reads", False):
+        return empty(name)
+    from surgery.models import no_bars
+    from surgery.training.run import open_model
+
+    with no_bars():
+        return open_model(name)[0]
 
 
 def tokenizer_of(name: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`surgery tune show | select`: what sparse tuning would move, and the memory it takes."""
+"""`surgery tune list | show | select`: what sparse tuning would move, and the memory it takes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,55 @@ Changes = Annotated[list[str] | None, option("Change a key of it; repeatable.", 
 Model = Annotated[str | None, option("Of this model.", metavar="MODEL", default="the recipe's")]
 
 
+@command(app, "list")
+def list_(name: Annotated[str | None, typer.Argument(help="One of them, with its options.")] = None) -> None:
+    """List what a recipe may say under `tuning:`, or the options of one.
+
+    \b
+    Examples:
+    surgery tune list
+    surgery tune list lift
+    surgery train sft --set "tuning={lift: {density: 0.05}}"
+    """
+    from surgery.tuning.plan import NAMES, options
+
+    rows = [{"name": n, "what": _sentence(NAMES.lookup(n)), "options": options(n)} for n in ([name] if name else NAMES)]
+    frame.result(rows[0] if name else rows, _options_table(rows[0]) if name else _names_table(rows))
+
+
+def _sentence(kind: Any) -> str:
+    """The first one of what a class says of itself, on one line."""
+    return " ".join((kind.__doc__ or "").partition("\n\n")[0].split())
+
+
+def _names_table(rows: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    table = Table(title="What `tuning:` may be", caption="`surgery tune list NAME` shows the options of one.")
+    table.add_column("name")
+    table.add_column("what moves")
+    for row in rows:
+        table.add_row(row["name"], row["what"])
+    return table
+
+
+def _options_table(row: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"{row['name']}: {row['what']}", title_justify="left")
+    for column in ("option", "default", "takes"):
+        table.add_column(column, overflow="fold")
+    for word, (takes, usual) in row["options"].items():
+        table.add_row(word, usual, takes)
+    return table
+
+
 @command(app, "show")
 def show(recipe: Name, changes: Changes = None, model: Model = None) -> None:
     """Show what a recipe would move and its memory, beside full fine-tuning and a LoRA of equal size.
 
-    Nothing is trained, and of the model only its shapes are read.
+    Nothing is trained, and of the model only its shapes are read (its weights, for a threshold).
+    `surgery tune list` shows what there is to choose.
 
     \b
     Examples:
@@ -46,7 +90,7 @@ def show(recipe: Name, changes: Changes = None, model: Model = None) -> None:
     if words.model is None:
         raise SurgeryError("The recipe names no model.", hint="Add --model MODEL, for example --model tiny-base.")
     parts = plan(words)
-    network = planned_run.empty(words.model)
+    network = planned_run.sized(words.model, parts)
     tokenizer = planned_run.tokenizer_of(words.model)
     prompt, completion = lengths(words, parts, tokenizer)
     arms: dict[str, Any] = {planned_run.tuned(parts) or "as the recipe says": parts.tuning}
@@ -62,6 +106,10 @@ def show(recipe: Name, changes: Changes = None, model: Model = None) -> None:
         rows.append({"tuning": name, "numbers": moves(words, tuning, network).numbers} | memory)
     total = sum(p.numel() for p in network.parameters())
     frame.result({"model": str(words.model), "parameters": total, "arms": rows}, _table(rows, str(words.model), total))
+    if parts.tuning is None and len(rows) == 1:
+        frame.note(
+            "The recipe has no `tuning:`; `surgery tune list` shows what it may be, for example --set tuning=lift."
+        )
 
 
 def _equal(network: Any, count: int) -> Any:
@@ -100,30 +148,44 @@ def select(
     tuning: Annotated[str, option("What to select, as in a recipe.", metavar="TUNING")] = "lift",
     force: Force = False,
 ) -> None:
-    """Choose the numbers that would move, and write their places to a file.
+    """Choose the numbers that would move, and write their places to a file that `tuning:` in a recipe takes.
 
     Selections by gradients or inputs need data: those are made by `surgery train`.
 
     \b
     Examples:
     surgery tune select tiny-base -o lift.safetensors
+    surgery train sft --model tiny-base --set tuning=lift.safetensors -o run
     surgery tune select tiny-base -o ticket.safetensors --tuning "{delta: {sibling: tiny-chain, density: 0.01}}"
     """
     import yaml
 
     from surgery.models import load as load_model
+    from surgery.models import no_bars
     from surgery.tuning.plan import Sparse, parse
     from surgery.tuning.selection import Round
 
+    if out.suffix != ".safetensors":
+        raise SurgeryError(f"'{out}' is no name for a selection.", hint="It ends in .safetensors.")
     if out.exists() and not force:
         raise SurgeryError(f"{out} exists.", hint="Choose another file, or pass --force.")
-    chosen = parse(yaml.safe_load(tuning))
+    if not out.parent.is_dir():
+        raise SurgeryError(f"There is no folder {out.parent}.", hint=f"mkdir -p {out.parent}")
+    try:
+        chosen = parse(yaml.safe_load(tuning))
+    except yaml.YAMLError as error:
+        raise SurgeryError(f"--tuning {tuning} is not YAML: {str(error).splitlines()[0]}.",
+                           hint='--tuning "{lift: {density: 0.05}}"') from None  # fmt: skip
     if not isinstance(chosen, Sparse):
         raise SurgeryError(f"'{tuning}' selects none of the model's own numbers.", hint="lift, magnitude, half, ...")
-    network, _ = load_model(model)
+    if set(chosen.selector.needs) - {"sibling"}:
+        raise SurgeryError(f"The selection '{chosen.name}' looks at data, and there are none here.",
+                           hint=f'A run makes it on its own: surgery train RECIPE --set "tuning={tuning}"')  # fmt: skip
+    with no_bars():
+        network, _ = load_model(model)
     found = chosen.choose(network, Round())
     found.save(out, force=force)
-    by_kind = _by_kind(found)
+    by_kind = _by_kind(found, network)
     told = {"selection": found.method, "numbers": found.count, "of": found.total, "density": found.density,
             "tensors": len(found.places), "by_kind": by_kind, "output": str(out)}  # fmt: skip
     shares = ", ".join(f"{kind} {share:.1%}" for kind, share in by_kind.items())
@@ -132,16 +194,14 @@ def select(
                  f"Written to {out}.")  # fmt: skip
 
 
-def _by_kind(found: Any) -> dict[str, float]:
-    """The share that moves of the chosen tensors of each kind."""
-    import math
-
+def _by_kind(found: Any, network: Any) -> dict[str, float]:
+    """The share that moves of the model's tensors of each kind."""
     from surgery.anatomy.names import kind_of
 
     moving: dict[str, int] = {}
     there: dict[str, int] = {}
-    for name in found.places:
+    for name, parameter in network.named_parameters():
         kind = kind_of(name)
-        moving[kind] = moving.get(kind, 0) + found.counted(name)
-        there[kind] = there.get(kind, 0) + math.prod(found.shapes[name])
-    return {kind: moving[kind] / there[kind] for kind in moving}
+        moving[kind] = moving.get(kind, 0) + (found.counted(name) if name in found else 0)
+        there[kind] = there.get(kind, 0) + parameter.numel()
+    return {kind: count / there[kind] for kind, count in moving.items() if count}

@@ -43,7 +43,7 @@ def adapted(
     masks = [torch.cat([b.prompt_mask, b.attended], 1).long() for b in found]
     batches = [{"input_ids": i, "attention_mask": m} for i, m in zip(ids, masks, strict=True)]
     seen = covariances(model, batches, tuning.modules)
-    return corda(model, seen, rank=tuning.rank, mode=tuning.mode, alpha=tuning.alpha)  # type: ignore[arg-type,return-value]
+    return corda(model, seen, rank=tuning.rank, mode=tuning.mode, alpha=tuning.alpha)  # type: ignore[return-value]
 
 
 def ticket(

@@ -149,7 +149,10 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
         key, sign, text = change.partition("=")
         if not sign:
             raise SurgeryError(f"--set {change}: expected key=value.", hint="--set optimizer.lr=1e-4")
-        _set(words, key.split("."), _number(yaml.safe_load(text)))
+        try:
+            _set(words, key.split("."), _number(yaml.safe_load(text)))
+        except yaml.YAMLError as error:
+            raise SurgeryError(f"--set {change}: the value is not YAML: {str(error).splitlines()[0]}.") from None
     return make(words, folder=file.parent)
 
 
