@@ -1,6 +1,6 @@
 """Dictionaries in other packages' files: what comes back, what is folded, what is refused, what a bad file does.
 
-What the packages themselves write and compute: test_formats_peers.py.
+What the packages themselves write and compute: test_dictionary_formats_peers.py.
 """
 
 import json

@@ -4,7 +4,7 @@ make of what we write.
 Stored: `make_sae_golden.py`, run with sae-lens 6.54.12, eai-sparsify 1.3.3, dictionary-learning 0.1.0 and the fork with
 crosscoders. Live, in an environment of their own, since their pins and ours exclude each other:
 
-    SAE_PEERS_PYTHON=that/bin/python SAE_PEERS_FORK=checkout python -m pytest tests/sae/test_formats_peers.py
+    SAE_PEERS_PYTHON=that/bin/python SAE_PEERS_FORK=checkout python -m pytest tests/sae/test_dictionary_formats_peers.py
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_formats import HELD, LIKE, batch, results
+from test_dictionary_formats import HELD, LIKE, batch, results
 
 from surgery.sae.formats import load, save
 from surgery.sae.rules import BatchTopK, Gated, JumpRelu, Matryoshka, Standard, TopK
