@@ -180,6 +180,34 @@ def test_a_scale_of_activations_is_folded_into_everything_that_depends_on_it(tmp
         assert torch.equal(found.codes(batch()).dense() > 0, mine.codes(batch() * 2.5).dense() > 0)
 
 
+@pytest.mark.parametrize("weighed", ["CROSSCODER", "SAE", "MIXED", "NONE"])
+def test_what_is_done_to_activations_beforehand_is_folded(tmp_path, weighed):
+    """x - mean, times a scale for each model (here far apart), undone on the way out by scale + 1e-8, in float64."""
+    mine = dictionary(BatchTopK(k=4), 2 * D, models=2, centered=False)
+    save(mine, tmp_path / "x", "dictionary_learning")
+    file = tmp_path / "x" / "model.safetensors"
+    mean, scale = batch(2 * D, rows=1).view(2, D), torch.tensor([1e-4, 3.0])
+    number = torch.tensor(["CROSSCODER", "SAE", "MIXED", "NONE"].index(weighed) + 1)
+    stored = load_file(file) | {"activation_mean": mean, "activation_std": torch.ones(2, D)}
+    stored |= {"activation_global_scale": scale, "code_normalization_id": number, "threshold": torch.tensor(1.5)}
+    save_file(stored, file)
+    found, _ = load(tmp_path / "x")
+    x = mean + batch(2 * D).view(ROWS, 2, D) / scale[:, None]
+    w = {name: value.double() for name, value in stored.items()}
+    scale, each = w["activation_global_scale"][:, None], w["decoder.weight"].norm(dim=2).sum(0)
+    whole = w["decoder.weight"].norm(dim=(0, 2))
+    weights = {"CROSSCODER": each, "SAE": whole, "MIXED": whole + 0.1 * each, "NONE": torch.ones(LATENTS)}[weighed]
+    h = torch.einsum("nld,ldf->nf", (x.double() - w["activation_mean"]) * scale, w["encoder.weight"])
+    h = (h + w["encoder.bias"]).relu()
+    f = h * (h * weights > 1.5)
+    y = (torch.einsum("nf,lfd->nld", f, w["decoder.weight"]) + w["decoder.bias"]) / (scale + 1e-8) + mean
+    with torch.no_grad():
+        codes, output = found.codes(x.flatten(1)).dense(), found(x.flatten(1)).view(ROWS, 2, D)
+    assert torch.equal(codes > 0, f > 0) and f.any() and (h > 0).sum() > (f > 0).sum()
+    for model in range(2):  # each by its own scale
+        assert (output - y)[:, model].abs().max() <= 1e-5 * y[:, model].abs().max()
+
+
 def test_numbers_of_16_bits_become_float32_and_of_64_stay(tmp_path):
     for dtype, wanted in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64,) * 2):
         mine = dictionary(TopK(k=5, by_norm=False)).to(dtype)
