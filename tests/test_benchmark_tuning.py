@@ -97,7 +97,7 @@ def test_the_arms_do_what_their_names_say(module, fake):
 
 def test_gathering_is_timed_and_hooks_can_be_deaf(module):
     arms, shape = module("tuning_arms"), module("tuning").SMALL
-    arm, ids = arms.ARMS[arms.OURS](shape, None), shape.ids(1, 16)
+    arm, ids = arms.ARMS[arms.HOOKS](shape, None), shape.ids(1, 16)
     told = arms.parts(arm, ids)
     assert 0 < told["gathering"] < told["backward"] and min(told.values()) > 0
     before = copy.deepcopy(arm.model.state_dict())
@@ -137,7 +137,7 @@ def test_fast_run_and_the_section_that_it_makes(module, fake, capsys, tmp_path):
     tuning.main(["--fast", "--lift", str(fake), "--json", str(tmp_path / "none.json")])
     printed = capsys.readouterr().out
     assert not (tmp_path / "none.json").exists() and "| ours, LIFT's mask |" in printed
-    for label in ("optimizer phase, LIFT's mask", "whole step, HFT", "times the floor", "bit for bit", "full SVD"):
+    for label in ("optimizer phase, by hooks", "whole step, HFT", "times the floor", "bit for bit", "full SVD"):
         assert label in printed
     assert "NOT" not in printed
     results = tuning.run(["state", "mask", "delta"], True, None)

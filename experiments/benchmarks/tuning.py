@@ -12,8 +12,9 @@ of the process; every arm has a model of its own and makes one step in each roun
 machine hits all; a ratio is the median of the rounds' ratios, with the least and the largest.
 
 * steps: 32 tokens, and 1,024 as 8 rows of 128 and as one row. *Update* is everything after the backward pass; the
-  *optimizer phase* adds what hooks take during it to gather gradients. Beside it the backward pass with and without
-  hooks, and the *floor*: the bytes that the phase has to move at the rate at which this machine copies memory
+  *optimizer phase* adds what it takes to gather gradients: by hooks on the parameters that is timed by itself; by
+  blocks of rows, the usual way, it is the backward pass minus that of the same model without an optimizer. Beside it
+  the *floor*: the bytes that the phase has to move at the rate at which this machine copies memory
 * memory: the peak of a step above the weights, each arm in a process of its own
 * state: bytes of state and of index for each number that is trained
 * mask: choosing LIFT's mask anew and moving the state to it, against a training step and against a full SVD
@@ -43,7 +44,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
-from tuning_arms import ARMS, DENSITY, FULL, OURS, RANK, Arm, Shape, Timed, at_hand, chosen_of, deaf, parts
+from tuning_arms import ARMS, DENSITY, FULL, HOOKS, OURS, RANK, Arm, Shape, Timed, at_hand, chosen_of, deaf, parts
 from tuning_memory import memory
 from tuning_tables import LINES, section
 
@@ -79,10 +80,12 @@ def steps(shape: Shape, tokens: str, rounds: int, lift: Path | None) -> Row:
     for round_ in range(rounds + 1):
         for name, arm in arms.items():
             took = parts(arm, ids)
+            if name == HOOKS:
+                took["backward without hooks"] = plain = deaf(arm, ids)
+            elif name == OURS:
+                took["gathering"] = took["backward"] - plain  # which comes before it, in the same round
             took["whole"] = took["forward"] + took["backward"] + took["update"]
             took["phase"] = took["gathering"] + took["update"]
-            if name == OURS:
-                took["backward without hooks"] = deaf(arm, ids)
             for part, spent in took.items() if round_ else ():  # the first round allocates
                 seconds[name].setdefault(part, []).append(spent)
     found: Row = {"tokens": tokens, "rounds": rounds, "arms": {}}
@@ -92,9 +95,9 @@ def steps(shape: Shape, tokens: str, rounds: int, lift: Path | None) -> Row:
             row[f"phase of {other}"] = ratio(each["phase"], seconds[other]["phase"])
             row[f"whole of {other}"] = ratio(each["whole"], seconds[other]["whole"])
         found["arms"][name] = row
-    moved = to_move(chosen_of(shape), arms[OURS])
+    moved = to_move(chosen_of(shape), arms[HOOKS])
     rate = copying(32 * chosen_of(shape).count)  # far more than caches hold
-    phase = found["arms"][OURS]["phase"]
+    phase = found["arms"][HOOKS]["phase"]
     floor = sum(moved.values()) / rate
     found["floor"] = {"bytes": moved, "bytes_per_s": rate, "seconds": floor, "times": phase / floor}
     return found
@@ -232,7 +235,7 @@ def alike(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 def run(sections: Sequence[str], fast: bool, lift: Path | None) -> dict[str, list[Row]]:
     """Every section, printed as it comes."""
     shape = SMALL if fast else Shape()
-    names = [FULL, OURS] if fast else at_hand(lift)
+    names = [FULL, HOOKS, OURS] if fast else at_hand(lift)
     plans: dict[str, list[Callable[[], Row]]] = {
         "steps": [
             partial(steps, shape, tokens, 1 if fast else 15 if tokens == SHORT else 7, lift)

@@ -123,10 +123,10 @@ def masked(shape: Shape, lift: Path | None = None) -> Arm:
     return Arm(model, adamw(masks), chosen.count, list(masks.values()), masks)
 
 
-def ours(shape: Shape, lift: Path | None = None) -> Arm:
-    """`SparseAdamW` on LIFT's mask."""
+def ours(shape: Shape, lift: Path | None = None, blocks: bool = True) -> Arm:
+    """`SparseAdamW` on LIFT's mask: gradients by blocks of rows in the backward pass, or by hooks on the parameters."""
     model = shape.model()
-    return sparse(model, chosen_of(shape))
+    return sparse(model, chosen_of(shape), blocks)
 
 
 def slices(shape: Shape, lift: Path | None = None) -> Arm:
@@ -146,8 +146,8 @@ class Timed(SparseAdamW):
         self.spent += process_time() - began
 
 
-def sparse(model: Any, chosen: Selection) -> Arm:
-    return Arm(model, Timed(model, chosen, lr=LR), chosen.count)
+def sparse(model: Any, chosen: Selection, blocks: bool = True) -> Arm:
+    return Arm(model, Timed(model, chosen, lr=LR, blocks=blocks), chosen.count)
 
 
 def half(shape: Shape, lift: Path | None = None) -> Arm:
@@ -245,18 +245,13 @@ ARMS: dict[str, Callable[[Shape, Path | None], Arm]] = {
     "SHiRA": _with(adapter, kind="shira"),
     "Super-Tuning": _with(adapter, kind="super"),
     "LoRA": _with(adapter, kind="lora"),
+    "ours, by hooks": _with(ours, blocks=False),
     "ours, LIFT's mask": _with(ours),
     "ours, HFT": _with(half),
     "ours, S2FT": _with(slices),
 }
-FULL, FUSED, OURS, HFT, LORA, LIFT = (
-    "AdamW",
-    "AdamW, fused",
-    "ours, LIFT's mask",
-    "ours, HFT",
-    "LoRA",
-    "LIFT, published",
-)
+FULL, FUSED, LORA, LIFT = "AdamW", "AdamW, fused", "LoRA", "LIFT, published"
+OURS, HOOKS, HFT = "ours, LIFT's mask", "ours, by hooks", "ours, HFT"
 PEFTS = ("SHiRA", "Super-Tuning", LORA)
 
 

@@ -105,7 +105,7 @@ class Moving:
         penalty = self.tuning.penalty
         sparse = SparseAdamW(
             self.policy.model, self.selection, settings.lr, settings.betas, settings.eps, settings.weight_decay,
-            ages=self.tuning.ages, penalty=None if penalty is None else penalty.penalty, reduce=False,
+            ages=self.tuning.ages, penalty=None if penalty is None else penalty.penalty, reduce=False, blocks=True,
         )  # fmt: skip
         beside = list(self.policy.extras.parameters())
         return Joined([sparse, adamw(beside, self.recipe)]) if beside else sparse

@@ -17,6 +17,7 @@ chosen keep their bits: no decay, no rounding. What is chosen for one run is one
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -29,7 +30,7 @@ from torch.optim import Optimizer
 from surgery.errors import SurgeryError
 from surgery.tuning.banks import Bank, banks_of, on, read, same, shared, used
 from surgery.tuning.selection.places import Selection, Slice
-from surgery.tuning.slices import slice_gradients
+from surgery.tuning.slices import is_projection, scattered_gradients, slice_gradients
 
 PIECE = 1 << 16
 """Numbers updated at a time on a CPU: what is read twice then stays in its cache."""
@@ -50,10 +51,12 @@ class SparseAdamW(Optimizer):
     gradients. `ages`: bias correction counts the steps of each number since it was selected ("entry"), or those of the
     optimizer ("optimizer": LIFT's released code, where a number selected late begins with lr (1 - b1) / sqrt(1 - b2),
     0.45 lr for its betas and 3.2 lr for AdamW's). `penalty` is called before each step and may add to the gradient.
-    With several processes the gathered gradients are averaged before a step, as DDP would (`reduce=False` where the
-    caller does that); DDP's own reducer would move dense zeros: see `without_reducer`. Raises `SurgeryError` for
-    selections that do not fit, sharded parameters, and gradients that are not finite (under a `GradScaler` such a step
-    is left out, on all processes).
+    `blocks`: gradients of projections are made a block of rows at a time, so that not even one dense gradient is ever
+    there; usual in one process, since their weights then require no gradients, which DDP's wrapper refuses. With
+    several processes the gathered gradients are averaged before a step, as DDP would (`reduce=False` where the caller
+    does that); DDP's own reducer would move dense zeros: see `without_reducer`. Raises `SurgeryError` for selections
+    that do not fit, sharded parameters, and gradients that are not finite (under a `GradScaler` such a step is left
+    out, on all processes).
     """
 
     _step_supports_amp_scaling = True  # a GradScaler hands its scale over, and leaves it to `step` what to leave out
@@ -71,11 +74,13 @@ class SparseAdamW(Optimizer):
         ages: str = "entry",
         penalty: Penalty | None = None,
         reduce: bool = True,
+        blocks: bool | None = None,
     ) -> None:
         if ages not in ("entry", "optimizer"):
             raise SurgeryError(f"Ages are counted by entry or by optimizer, not by '{ages}'.")
         self.model = getattr(model, "module", model) if hasattr(model, "require_backward_grad_sync") else model
         self.clip, self.ages, self.penalty, self.reduce = clip, ages, penalty, reduce
+        self.blocks = not _several() if blocks is None else blocks
         self.listening = True
         """Whether gradients are gathered: of several optimizers of one model only one does, at first the last made."""
         self._spent = False
@@ -103,11 +108,14 @@ class SparseAdamW(Optimizer):
         for p in self.model.parameters():
             p.requires_grad_(False)
             p.grad = None
+        uses = Counter(id(p) for _, p in self.model.named_parameters(remove_duplicate=False))
         for bank in self.banks:
+            owner = self.model.get_submodule(bank.name.rpartition(".")[0])
+            inside = self.blocks and is_projection(owner) and uses[id(bank.parameter)] == 1
             if isinstance(bank.part, Slice):
-                owner = self.model.get_submodule(bank.name.rpartition(".")[0])
-                transposed = type(owner).__name__ == "Conv1D"
-                self._handles.append(slice_gradients(owner, bank.part, transposed, partial(self._take, bank)))
+                self._handles.append(slice_gradients(owner, bank.part, partial(self._take, bank)))
+            elif inside and bank.places is not None and bank.parameter.dim() == 2:
+                self._handles.append(scattered_gradients(owner, bank.places, partial(self._take, bank)))
             else:
                 bank.parameter.requires_grad_(True)
                 self._handles.append(bank.parameter.register_post_accumulate_grad_hook(partial(self._gather, bank)))
@@ -249,7 +257,7 @@ class SparseAdamW(Optimizer):
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             gradient /= scale
-        if self.reduce and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if self.reduce and _several():
             torch.distributed.all_reduce(gradient)
             gradient /= torch.distributed.get_world_size()
         if hasattr(self, "found_inf") and not bool(gradient.sum().isfinite()):
@@ -371,6 +379,11 @@ class SparseAdamW(Optimizer):
         held = [t for k, t in self.state.get(self.flat, {}).items() if isinstance(t, Tensor) and k != "step"]
         held += [bank.places for bank in self.banks if bank.places is not None]
         return sum(t.numel() * t.element_size() for t in held)
+
+
+def _several() -> bool:
+    """Whether this is one process of many."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def without_reducer(model: nn.Module) -> nn.Module:

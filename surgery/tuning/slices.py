@@ -1,8 +1,13 @@
-"""Weight gradients of chosen rows or columns alone: dW[R] = dY[:, R]^T X and dW[:, C] = dY^T X[:, C].
+"""Weight gradients of chosen numbers of a projection, without the dense gradient of its weight.
 
-A forward hook passes a projection's output through a function that is the identity, and whose backward pass multiplies
-the slice out of what comes back. The weight itself is frozen, so the product for the rest of it is never made, and for
-columns only those of the input are kept. The module stays what it was: other hooks see the same inputs and outputs.
+    rows       dW[R]    = dY[:, R]^T X
+    columns    dW[:, C] = dY^T X[:, C]
+    scattered  dW       = dY^T X, a block of rows at a time, of which the chosen numbers are kept
+
+A forward hook passes the projection's output through a function that is the identity, and whose backward pass makes
+these products of what comes back. The weight itself is frozen: for rows and columns the rest of the product is never
+made, and for columns only those of the input are kept; scattered numbers save memory alone. The module stays what it
+was: other hooks see the same inputs and outputs.
 """
 
 from __future__ import annotations
@@ -17,20 +22,51 @@ from torch.utils.hooks import RemovableHandle
 from surgery.tuning.selection.places import Slice
 
 Take = Callable[[Tensor], None]
-"""Receives the slice's gradient, flat and in the order of the weight's positions."""
+"""Receives the gradient of the chosen numbers, flat and in the order of the weight's positions."""
+BLOCK = 1 << 18
+"""Numbers of a dense gradient that are there at a time: they fit into a processor's cache."""
 
 
-def slice_gradients(module: nn.Module, part: Slice, transposed: bool, take: Take) -> RemovableHandle:
-    """Calls `take` in every backward pass through a linear `module`; `transposed` as in GPT-2's Conv1D."""
-    anchor = torch.zeros((), requires_grad=True)  # makes the output part of the graph, whatever else is frozen
+def is_projection(module: nn.Module) -> bool:
+    """Whether its forward is x W^T + b and nothing else, or GPT-2's x W + b."""
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
+def slice_gradients(module: nn.Module, part: Slice, take: Take) -> RemovableHandle:
+    """Calls `take` with the gradient of rows or columns in every backward pass through a projection."""
+    transposed = type(module).__name__ == "Conv1D"
     outputs = (part.dim == 0) != transposed  # rows of (out, in) are outputs
+
+    def wrapped(x: Tensor, output: Tensor, anchor: Tensor) -> Tensor:
+        index = part.index.to(output.device)
+        kept = x if outputs else x.index_select(-1, index)
+        return _Slice.apply(output, anchor, kept.detach(), index if outputs else None, transposed, take)
+
+    return _hooked(module, wrapped)
+
+
+def scattered_gradients(module: nn.Module, places: Tensor, take: Take) -> RemovableHandle:
+    """Calls `take` with the gradient at `places` (sorted flat positions) in every backward pass."""
+    weight: Any = module.weight
+    (rows, columns), transposed = weight.shape, type(module).__name__ == "Conv1D"
+    step = max(1, BLOCK // columns)
+    starts = torch.arange(0, rows, step)
+    edges = [*torch.searchsorted(places.cpu(), (starts * columns).to(places.dtype)).tolist(), len(places)]
+    blocks = [(a, min(a + step, rows), edges[i], edges[i + 1]) for i, a in enumerate(starts.tolist())]
+
+    def wrapped(x: Tensor, output: Tensor, anchor: Tensor) -> Tensor:
+        return _Scattered.apply(output, anchor, x.detach(), places.to(output.device), blocks, transposed, take)
+
+    return _hooked(module, wrapped)
+
+
+def _hooked(module: nn.Module, wrapped: Callable[[Tensor, Tensor, Tensor], Tensor]) -> RemovableHandle:
+    anchor = torch.zeros((), requires_grad=True)  # makes the output part of the graph, whatever else is frozen
 
     def hook(called: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if called is not module or not torch.is_grad_enabled():  # a copy of the model brings the hook along
             return output
-        index = part.index.to(output.device)
-        kept = args[0] if outputs else args[0].index_select(-1, index)
-        return _Slice.apply(output, anchor, kept.detach(), index if outputs else None, transposed, take)
+        return wrapped(args[0], output, anchor)
 
     return module.register_forward_hook(hook)
 
@@ -53,3 +89,29 @@ class _Slice(torch.autograd.Function):
         out, inner = out.reshape(-1, out.shape[-1]), kept.reshape(-1, kept.shape[-1]).to(out.dtype)
         ctx.take((inner.T @ out if ctx.transposed else out.T @ inner).reshape(-1))
         return back, None, None, None, None, None
+
+
+class _Scattered(torch.autograd.Function):
+    """The identity of an output; backward takes the gradient of scattered numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, kept: Tensor, places: Tensor,
+                blocks: list[tuple[int, int, int, int]], transposed: bool, take: Take) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(kept, places)
+        ctx.blocks, ctx.transposed, ctx.take = blocks, transposed, take
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (back,) = gradients
+        kept, places = ctx.saved_tensors
+        out = back.reshape(-1, back.shape[-1])
+        inner = kept.reshape(-1, kept.shape[-1]).to(out.dtype)
+        left, right = (inner, out) if ctx.transposed else (out, inner)
+        values, columns = out.new_empty(len(places)), right.shape[1]
+        memory = out.new_empty(ctx.blocks[0][1], columns)
+        for first, last, start, stop in ctx.blocks:
+            block = torch.mm(left[:, first:last].T, right, out=memory[: last - first])
+            torch.index_select(block.view(-1), 0, places[start:stop] - first * columns, out=values[start:stop])
+        ctx.take(values)
+        return back, None, None, None, None, None, None

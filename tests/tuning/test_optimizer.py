@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from surgery.anatomy import group_of
 from surgery.errors import SurgeryError
 from surgery.models import load
-from surgery.tuning import Selection, SparseAdamW, select
+from surgery.tuning import Selection, SparseAdamW, select, slices
 from surgery.tuning.selection import Slice
 
 LR, BETAS, EPS = 1e-3, (0.9, 0.999), 1e-8
@@ -72,16 +73,49 @@ def furthest(a, b):
 
 @pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1}, {"clip": 0.05}, {"weight_decay": 0.01, "clip": 0.1}])
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_twenty_steps_equal_dense_adamw_with_masked_gradients(settings, accumulate):
+@pytest.mark.parametrize("block", [0, 40, 1 << 18])
+def test_twenty_steps_equal_dense_adamw_with_masked_gradients(monkeypatch, settings, accumulate, block):
+    """By hooks on the parameters, and (`block`) by products of a few rows of a weight at a time."""
+    monkeypatch.setattr(slices, "BLOCK", block)
+    settings = settings | {"blocks": bool(block)}
     one, other = net(), net()
     masks, batches = random_masks(one), data(20 * accumulate)
     start = copy.deepcopy(one.state_dict())
-    dense(other, masks, batches, accumulate=accumulate, **settings)
+    dense(other, masks, batches, accumulate=accumulate, **{k: v for k, v in settings.items() if k != "blocks"})
     sparse(one, Selection.of_masks(masks), batches, accumulate=accumulate, **settings)
     assert furthest(one, other) <= 1e-7
     for n, p in one.named_parameters():
         assert torch.equal(p[~masks[n]], start[n][~masks[n]])
         assert not torch.equal(p[masks[n]], start[n][masks[n]])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_products_by_blocks_are_the_dense_gradients(monkeypatch, autocast):
+    """Llama's and GPT-2's projections, under autocast and gradient checkpointing, tied weights by their own hook."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    monkeypatch.setattr(slices, "BLOCK", 500)
+    torch.manual_seed(0)
+    gpt = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=24, vocab_size=40, resid_pdrop=0, embd_pdrop=0,
+                                     attn_pdrop=0))  # fmt: skip
+    ids = torch.randint(3, 30, (3, 11), generator=torch.Generator().manual_seed(0))
+    for model in (load("tiny-base", "float32")[0], gpt):
+        model.train()
+        chosen = select(model, "random", density=0.2, modules=["attention", "mlp", "embedding"])
+        gradients = []
+        for blocks in (False, True):
+            optimizer = SparseAdamW(model, chosen, blocks=blocks)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                model(ids, labels=ids).loss.backward()
+            optimizer.settle()
+            gradients.append(optimizer.flat.grad.clone())
+            needing = {n for n, p in model.named_parameters() if p.requires_grad}
+            embeddings = {n for n in chosen if group_of(n) == "embedding"}
+            assert needing == (embeddings if blocks else set(chosen))
+            optimizer.release()
+        scale = float(gradients[0].abs().max())
+        assert float((gradients[0] - gradients[1]).abs().max()) <= (2e-2 if autocast else 1e-6) * scale
+        assert not any(m._forward_hooks for m in model.modules())
 
 
 def test_whole_parameters_and_slices_move_as_their_masks_do():

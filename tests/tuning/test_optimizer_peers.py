@@ -155,7 +155,7 @@ def test_trainer_clips_parameters_that_have_no_gradients_and_clip_does_it(base, 
     far = max(float((p - q).abs().max()) for p, q in zip(clipped.parameters(), base[0].parameters(), strict=True))
     assert far < STEPS * 5e-3 * 1e-5  # gradients of 1e-9 against an eps of 1e-3
     only = {n for n, p in clipped.named_parameters() if p.requires_grad}
-    assert only == set(optimizer.selection)
+    assert only <= set(optimizer.selection)  # projections make theirs by themselves
 
 
 @pytest.mark.parametrize("method, words", [("lift", {}), ("s2ft", {}), ("half", {}), ("lift", {"bf16": True})])
