@@ -8,7 +8,8 @@ export OMP_NUM_THREADS ?= 1
 CLAIMS := merging_tradeoff negation_analogy merging_with_data reasoning_vectors forgetting echo_chamber reft \
 	masked_thought_vs_sft no_signal sec_curriculum cosine_length sft_then_grpo \
 	tuning_contribution entity_tracking wrapper_study conjugate_prompting cot_faithfulness \
-	upscaling unir_transfer three_spaces new_in_my_data transfer_q
+	upscaling unir_transfer three_spaces new_in_my_data transfer_q \
+	half_tuning lift_masks sparse_deltas sparse_grpo corda_modes sara
 
 .PHONY: help install models test lint types notebooks demo bench claims clean
 
