@@ -21,6 +21,10 @@ below mean that the interval is on that side of 0. LIFT's largest on the target:
 and smallest and random, "in part" when above one of them and below none, else "did not hold". The direction is told as
 it is. Retention, against LoRA and against full: "held" when above, with target accuracies there that differ by at most
 0.05; "the other way round" when below with equal ones; else "no clear difference", or "not at equal accuracy".
+
+Asked afterwards, since LIFT at its gentle rate hardly got there in 40 steps and full and LoRA had no rate as slow: LIFT
+and random masks at their gentle rates, full and LoRA at half of theirs, all for as many as 80 steps, ended at 0.75.
+It is told, and no part of the verdicts.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,6 +65,12 @@ RATES["full"] = (3e-4, 6e-4, 1.2e-3)
 RANKS, SWEPT = (4, 8, 16, 32), (60,)
 """LIFT's ranks, and the seed of the sweeps."""
 ENOUGH, EVERY, ROWS, STEPS, EQUAL = 0.75, 4, 32, 40, 0.05
+AFTERWARDS = {LIFT: 1.0, "random": 1.0, "full": 0.5, "LoRA": 0.5}
+"""The arms that run on until they get there, and at what share of their gentle rates."""
+
+
+class Enough(Exception):
+    """The run has reached its accuracy, and is to end there."""
 
 
 @cache
@@ -94,8 +105,11 @@ def accuracies(model: Any, tokenizer: Any, n: int, seed: int) -> dict[str, float
     return {"target": float(found.values[own].mean()), "source": float(found.values[~own].mean())}
 
 
-def learn(arm: str, rate: float, rank: int, seed: int, steps: int, n: int) -> dict[str, Any]:
-    """One run: the validation `curve`, its mean `area`, test accuracies `there` (`at` that step) and at the `end`."""
+def learn(arm: str, rate: float, rank: int, seed: int, steps: int, n: int, ends: bool = False) -> dict[str, Any]:
+    """One run: the validation `curve`, its mean `area`, test accuracies `there` (`at` that step) and at the `end`.
+
+    `ends`: the run is over where it gets there.
+    """
     model, tokenizer = load(zoo.get("tiny-base"))
     test = 901 if seed in SWEPT else 900
     curve: list[float] = []
@@ -107,14 +121,18 @@ def learn(arm: str, rate: float, rank: int, seed: int, steps: int, n: int) -> di
         curve.append(metrics["eval/accuracy"])
         if found["at"] is None and step and curve[-1] >= ENOUGH:
             found.update(at=step, there=accuracies(model, tokenizer, n, test))
+            if ends:
+                raise Enough
 
-    train(
-        model, tokenizer, data=[{"task": task} for task in TARGET], objective="sft", steps=steps, batch={"rows": ROWS},
-        tuning=tuning(arm, rank, seed), seed=seed, rollouts={"max_new_tokens": STRING}, on_step=on_step,
-        optimizer={"lr": rate, "betas": (0.9, 0.98), "warmup": 4, "shape": "constant"},
-        evaluate={"every": EVERY, "n": min(96, 3 * n)},
-    )  # fmt: skip
-    end = found["there"] if found["at"] == steps else accuracies(model, tokenizer, n, test)
+    with suppress(Enough):
+        train(
+            model, tokenizer, data=[{"task": task} for task in TARGET], objective="sft", steps=steps, seed=seed,
+            batch={"rows": ROWS}, tuning=tuning(arm, rank, seed), rollouts={"max_new_tokens": STRING}, on_step=on_step,
+            optimizer={"lr": rate, "betas": (0.9, 0.98), "warmup": 4, "shape": "constant"},
+            evaluate={"every": EVERY, "n": min(96, 3 * n)},
+        )  # fmt: skip
+    asked = found["at"] is not None and (ends or found["at"] == steps)
+    end = found["there"] if asked else accuracies(model, tokenizer, n, test)
     return {"there": end, **found, "end": end, "curve": curve, "area": float(np.mean(curve[1:]))}
 
 
@@ -133,6 +151,21 @@ def chosen(swept: Mapping[float, Sequence[Mapping[str, Any]]]) -> dict[str, floa
 def paired(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], when: str, what: str) -> dict:
     """The mean difference over seeds, with its interval."""
     return mean_interval([a[when][what] - b[when][what] for a, b in zip(ours, theirs, strict=True)])
+
+
+def continued(runs: Mapping[str, Sequence[Mapping[str, Any]]], rates: Mapping[str, float]) -> dict[str, Any]:
+    """What was asked afterwards: by arm, and LIFT's largest against it."""
+    found: dict[str, Any] = {}
+    for arm, each in runs.items():
+        found[arm] = {
+            "rate": f"{rates[arm]:g}",
+            "got there": [sum(r["at"] is not None for r in each), len(each)],
+            "steps": float(np.mean([r["at"] or 2 * STEPS for r in each])),
+            **{f"{what} there": mean_interval([r["there"][what] for r in each]) for what in ("target", "source")},
+        }
+        if arm != LIFT:
+            found[arm]["difference"] = paired(runs[LIFT], each, "there", "source")
+    return found
 
 
 def summarised(
@@ -212,6 +245,12 @@ def markdown(summary: Mapping[str, Any]) -> str:
     for arm, d in summary["target"].items():
         kept = summary["retention"][arm]
         lines.append(row(arm, of(d, "+.2f"), of(kept["source"], "+.2f"), of(kept["target"], "+.2f")))
+    lines += ["", row("asked afterwards", "rate", f"got to {ENOUGH}", "steps", "target there", "source there",
+                      f"{LIFT} minus it"), "|---" * 7 + "|"]  # fmt: skip
+    for arm, f in summary["afterwards"].items():
+        less = of(f["difference"], "+.2f") if "difference" in f else ""
+        lines.append(row(arm, f["rate"], "{} of {}".format(*f["got there"]), f"{f['steps']:.0f}",
+                         of(f["target there"]), of(f["source there"]), less))  # fmt: skip
     lines += ["", row("claim", "verdict"), "|---|---|"]
     lines += [row(claim, told) for claim, told in summary["verdicts"].items()]
     return "\n".join(lines)
@@ -277,14 +316,19 @@ def main() -> None:
     run([(arm, rate, rank, seed, *size) for arm in ARMS for rate in rates[arm].values() for seed in seeds])
     runs = {arm: {pace: [done[arm, rate, rank, seed, *size] for seed in seeds] for pace, rate in rates[arm].items()}
             for arm in ARMS}  # fmt: skip
-    summary = summarised(runs, rates)
+    slower = {arm: share * rates[arm]["gentle"] for arm, share in AFTERWARDS.items()}
+    longer = {arm: [(arm, rate, rank, seed, 2 * size[0], size[1], True) for seed in seeds]
+              for arm, rate in slower.items()}  # fmt: skip
+    run([job for jobs in longer.values() for job in jobs])
+    on = {arm: [done[job] for job in jobs] for arm, jobs in longer.items()}
+    summary = summarised(runs, rates) | {"afterwards": continued(on, slower)}
     count, lora_rank = budget()
     report = {
         "steps": size[0], "n": size[1], "numbers": [count, lora_size(base()[0], lora_rank)], "rank": rank,
         "area by rank": {str(r): area for r, area in by_rank.items()}, "lora rank": lora_rank,
         "sweep": {arm: {f"{rate:g}": [{"area": r["area"], "at": r["at"], "there": r["there"]} for r in each]
                         for rate, each in by.items()} for arm, by in sweep.items()},
-        "summary": summary, "runs": runs,
+        "summary": summary, "runs": runs, "afterwards": on,
     }  # fmt: skip
     path = write(options.out, "lift_masks", report, picture(summary), began)
     print(markdown(rounded(summary)))
