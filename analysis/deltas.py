@@ -12,7 +12,7 @@ from analysis.maps import write_cells
 from analysis.style import INK, MAX_CELLS, blank, tick
 
 if TYPE_CHECKING:
-    from surgery.weights.delta_algebra import Overlap
+    from surgery.weights.deltas.algebra import Overlap
 
 
 def overlap_figure(found: Overlap, *, title: str = "Where sparse deltas meet") -> Figure:

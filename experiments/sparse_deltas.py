@@ -14,7 +14,7 @@ fine-tuning; its K largest differences, trimmed after training; LT-SFT, the same
 fine-tuning moved most: same task, other examples, other seed. K is the same number in every arm. Every arm's learning
 rate for either fine-tuning is the best of three by the log-likelihood of that fine-tuning's own held-out answers, and
 the scale of the sum the best of four in the cipher, both on a seed that is not reported. Deltas are those of
-`surgery.weights.delta_file`; in the sweep and after, a number that moved outside its mask stops the run.
+`surgery.weights.deltas.file`; in the sweep and after, a number that moved outside its mask stops the run.
 
 Known beforehand, from trials on seeds that are not reported: that strings in letters which tiny-base does not know are
 not learned in 150 steps and the cipher is; that a dense sum rotates in the cipher in 0.3 to 0.5 of the cases, and one
@@ -55,8 +55,8 @@ from surgery.tasks.characters import LETTERS
 from surgery.training import train
 from surgery.tuning import Selection, select
 from surgery.tuning.selection import targets
-from surgery.weights.delta_algebra import overlap
-from surgery.weights.delta_file import SparseDelta
+from surgery.weights.deltas.algebra import overlap
+from surgery.weights.deltas.file import SparseDelta
 
 DENSITIES = (0.01, 0.05)
 MODULES = ("attention", "mlp", "embedding")

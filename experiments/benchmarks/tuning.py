@@ -51,7 +51,7 @@ from tuning_tables import LINES, section
 import surgery
 from surgery.tuning import Selection, select
 from surgery.tuning.selection.principal import nearest_of_rank
-from surgery.weights.delta_file import SparseDelta
+from surgery.weights.deltas.file import SparseDelta
 
 HERE = Path(__file__).parent
 SMALL = Shape(layers=2, width=64, inner=176, heads=4, vocabulary=100)

@@ -13,8 +13,8 @@ from surgery.cli.vector import BaseModel, Only, OutFolder, Without
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from surgery.weights.delta_algebra import Overlap
-    from surgery.weights.delta_file import SparseDelta
+    from surgery.weights.deltas.algebra import Overlap
+    from surgery.weights.deltas.file import SparseDelta
 
 app = new_app(help="Sparse deltas: the few numbers that a fine-tuning moved. Take them out, put them in, add them up.")
 
@@ -48,7 +48,7 @@ def extract(
     surgery delta extract tiny-base tiny-chain -o chain.safetensors --density 0.05
     surgery delta extract BASE TUNED -o mlp.safetensors --mode add --dtype bfloat16 --only mlp
     """
-    from surgery.weights.delta_file import SparseDelta
+    from surgery.weights.deltas.file import SparseDelta
     from surgery.weights.vector import TaskVector
 
     first, second = models.model(base), models.model(tuned)
@@ -105,8 +105,8 @@ def apply(
     surgery delta apply chain-again back.safetensors -o base-again
     surgery delta apply BASE language.safetensors task.safetensors -o both
     """
-    from surgery.weights.delta_extract import apply_with_undo
-    from surgery.weights.delta_file import SparseDelta
+    from surgery.weights.deltas.extract import apply_with_undo
+    from surgery.weights.deltas.file import SparseDelta
 
     source = models.model(base)
     own = None if delta_base is None else models.model(delta_base)
@@ -152,7 +152,7 @@ def overlap(
     surgery delta overlap chain.safetensors shift.safetensors --base tiny-base
     surgery delta overlap a.safetensors b.safetensors c.safetensors --plot overlap.png
     """
-    from surgery.weights.delta_algebra import overlap as measure
+    from surgery.weights.deltas.algebra import overlap as measure
 
     if len(deltas) < 2:
         raise SurgeryError("Only one delta was named.", hint="Add another: overlap DELTA DELTA...")
@@ -190,7 +190,7 @@ def convert(
     surgery delta convert chain-shira -o chain-add.safetensors --to delta --base tiny-base
     surgery delta convert pytorch_diff.bin -o language.safetensors --to delta --allow-pickle
     """
-    from surgery.weights.delta_formats import write
+    from surgery.weights.deltas.formats import write
 
     known = None if base is None else models.model(base)
     taken = _read(delta, known, allow_pickle)
@@ -208,8 +208,8 @@ def convert(
 
 def _read(spec: str, base: str | None, allow_pickle: bool) -> SparseDelta:
     """A delta from its file (its base is looked at where it is used), or from a peer's beside `base`."""
-    from surgery.weights.delta_file import SparseDelta, is_delta
-    from surgery.weights.delta_formats import read
+    from surgery.weights.deltas.file import SparseDelta, is_delta
+    from surgery.weights.deltas.formats import read
 
     if is_delta(spec):
         return SparseDelta.load(spec)

@@ -73,9 +73,9 @@ def ticket(
 
 
 def delta(base: str | Path, model: PreTrainedModel, moving: Moving, path: Path) -> None:
-    """Writes what sparse tuning moved beside the model, as a sparse delta of its base (surgery.weights.delta_file)."""
+    """Writes what sparse tuning moved beside the model, as a sparse delta of its base (surgery.weights.deltas.file)."""
     from surgery import zoo
-    from surgery.weights.delta_file import SparseDelta
+    from surgery.weights.deltas.file import SparseDelta
 
     assert moving.selection is not None
     about = {"selections": moving.turn, "chosen last": moving.selection.count}

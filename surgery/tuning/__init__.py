@@ -15,7 +15,7 @@ In a recipe of `surgery train` the same words stand under `tuning:`.
 | SaRA's nuclear-norm term | `nuclear.py` |
 | what a recipe says under `tuning:`, and the memory it takes | `plan.py` |
 
-What came of it as a small file: `surgery.weights.delta_file`.
+What came of it as a small file: `surgery.weights.deltas`.
 """
 
 from __future__ import annotations

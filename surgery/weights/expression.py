@@ -8,7 +8,7 @@
 | Restricted  | one expression, some tensors only                                               |
 
 Further ones live where their subject is: `Stored` in formats.py, `LowRank` in low_rank.py, `Adapter` in adapters.py,
-`Sparse` in sparse.py, `Scattered` in delta_file.py.
+`Sparse` in sparse.py, `Scattered` in deltas/file.py.
 The currency is the flat range: numbers `start:stop` of a tensor laid out in a row, as float32. It is independent of
 shapes, so that giant rows (fused experts) stay bounded in memory, and the answer does not depend on the chunk.
 """

@@ -16,8 +16,8 @@ def open_model(spec: str | Path, **options: Any) -> Source:
     """
     base, plus, file = str(spec).rpartition("+")
     if plus and base and file.endswith(".safetensors") and not os.path.exists(os.path.expanduser(str(spec))):
-        from surgery.weights.delta_file import SparseDelta
-        from surgery.weights.delta_source import DeltaSource
+        from surgery.weights.deltas.file import SparseDelta
+        from surgery.weights.deltas.source import DeltaSource
 
         return DeltaSource(open_model(base, **options), SparseDelta.load(file))
     return open_checkpoint(spec, **options)

@@ -71,12 +71,12 @@ class TaskVector:
 
     @classmethod
     def load(cls, path: str | Path, base: Source | str | Path | None = None) -> TaskVector:
-        """A vector that was saved, or a sparse delta (delta_file.py).
+        """A vector that was saved, or a sparse delta (deltas/).
 
         The lossless form and deltas of mode "set" need their `base` to be read as numbers (not to be applied). Raises
         `SurgeryError` when `base` is another one: by its tensors at once, by its numbers when they are read.
         """
-        from surgery.weights.delta_file import SparseDelta, is_delta
+        from surgery.weights.deltas.file import SparseDelta, is_delta
         from surgery.weights.vector_file import Stored, VectorFile
 
         if is_delta(path):

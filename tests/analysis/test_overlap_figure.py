@@ -3,9 +3,9 @@
 import torch
 
 from analysis.deltas import overlap_figure
-from surgery.weights.delta_algebra import overlap
-from surgery.weights.delta_entries import Entry
-from surgery.weights.delta_file import SparseDelta
+from surgery.weights.deltas.algebra import overlap
+from surgery.weights.deltas.entries import Entry
+from surgery.weights.deltas.file import SparseDelta
 
 
 def delta(places, values, mode="add"):

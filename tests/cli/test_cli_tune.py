@@ -8,7 +8,7 @@ from surgery.cli import main
 from surgery.models import load
 from surgery.tuning import Selection, select
 from surgery.tuning.plan import NAMES, parse
-from surgery.weights.delta_file import SparseDelta
+from surgery.weights.deltas.file import SparseDelta
 
 
 def told(capsys, *words):

@@ -220,7 +220,7 @@ def test_memory_is_told_before_it_is_taken(tmp_path, tuning):
 def test_a_run_leaves_a_sparse_delta_that_makes_its_model_of_the_base(tmp_path):
     from safetensors.torch import load_file
 
-    from surgery.weights.delta_file import SparseDelta
+    from surgery.weights.deltas.file import SparseDelta
 
     words = SFT | {"data": {"task": "chain"}, "steps": 3}
     run = train("tiny-base", out=tmp_path / "run", tuning={"lift": {"refresh": 2}}, optimizer={"lr": 1e-3}, **words)

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from surgery.checkpoint import read_header
 from surgery.errors import SurgeryError
-from surgery.weights.delta_algebra import overlap
-from surgery.weights.delta_entries import Entry, members, place_type, smaller_whole
-from surgery.weights.delta_file import SparseDelta, is_delta
+from surgery.weights.deltas.algebra import overlap
+from surgery.weights.deltas.entries import Entry, members, place_type, smaller_whole
+from surgery.weights.deltas.file import SparseDelta, is_delta
 from surgery.weights.merge import merge
 from surgery.weights.opening import open_model
 from surgery.weights.vector import TaskVector

@@ -10,10 +10,10 @@ from helpers import load_state, read_json, real_llama, save_checkpoint, tiny_che
 from safetensors.torch import load_file, save_file
 
 from surgery.errors import SurgeryError
-from surgery.weights.delta_entries import Entry
-from surgery.weights.delta_file import SparseDelta
-from surgery.weights.delta_formats import PEERS, read, write
-from surgery.weights.delta_lt_sft import first_fastest, row_major
+from surgery.weights.deltas.entries import Entry
+from surgery.weights.deltas.file import SparseDelta
+from surgery.weights.deltas.formats import PEERS, read, write
+from surgery.weights.deltas.lt_sft import first_fastest, row_major
 
 torch.set_num_threads(1)
 UP, Q = "model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"
@@ -255,7 +255,7 @@ def test_a_delta_of_mode_set_is_made_differences_first(tmp_path, family, delta):
 
 def test_a_sparsity_that_cuts_nobody(tmp_path):
     """int(numel (1 - sparsity)) can fall one short of K by rounding: 1 - K / numel is lowered until it does not."""
-    from surgery.weights.delta_peft import SuperTuning
+    from surgery.weights.deltas.peft import SuperTuning
 
     for numel in (49, 1000, 4096 * 11, 333):
         for k in range(1, min(numel, 200)):

@@ -13,8 +13,8 @@ from surgery.checkpoint import Source
 from surgery.checkpoint.provenance import header_hash
 from surgery.errors import SurgeryError
 from surgery.registry import Registry
-from surgery.weights.delta_entries import Entry, joined
-from surgery.weights.delta_file import SparseDelta
+from surgery.weights.deltas.entries import Entry, joined
+from surgery.weights.deltas.file import SparseDelta
 from surgery.weights.sources import Anchor, label
 from surgery.weights.vector_file import identity
 

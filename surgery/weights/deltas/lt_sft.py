@@ -18,9 +18,9 @@ from torch import Tensor
 from surgery.checkpoint import CheckpointWriter, Source, TensorInfo
 from surgery.checkpoint.reader import SINGLE
 from surgery.errors import SurgeryError
-from surgery.weights.delta_entries import LONG, MOST, Entry
-from surgery.weights.delta_file import SparseDelta
-from surgery.weights.delta_peer import PEERS, Converted, Peer, record, sorted_entry
+from surgery.weights.deltas.entries import LONG, MOST, Entry
+from surgery.weights.deltas.file import SparseDelta
+from surgery.weights.deltas.peer import PEERS, Converted, Peer, record, sorted_entry
 from surgery.weights.sources import flat
 
 DIFF = "pytorch_diff.bin"

@@ -1,4 +1,4 @@
-"""PEFT's sparse adapters, SHiRA and Super-Tuning, as sparse deltas and back. See delta_formats.py."""
+"""PEFT's sparse adapters, SHiRA and Super-Tuning, as sparse deltas and back. See formats.py."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from surgery.checkpoint.header import dtype_code
 from surgery.checkpoint.reader import SINGLE, read_json
 from surgery.errors import SurgeryError
 from surgery.weights.adapters import CONV1D, PREFIX
-from surgery.weights.delta_entries import LONG, Entry, place_type
-from surgery.weights.delta_file import SparseDelta
-from surgery.weights.delta_peer import PEERS, Converted, Peer, record, sorted_entry
+from surgery.weights.deltas.entries import LONG, Entry, place_type
+from surgery.weights.deltas.file import SparseDelta
+from surgery.weights.deltas.peer import PEERS, Converted, Peer, record, sorted_entry
 
 WEIGHTS = "adapter_model.safetensors"
 

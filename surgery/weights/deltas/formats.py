@@ -10,7 +10,7 @@ All three keep differences, so what is read is of mode "add" and what is written
 matrix as many entries as one number in the config says (r, or the sparsity), so the others are filled up with zeros,
 and their files do not say the shapes: to read them the base is needed. PEFT itself is not. Sources: LT-SFT,
 arXiv:2110.07560; SHiRA, arXiv:2406.13175; Super-Tuning, arXiv:2607.09287; formats as of PEFT 0.21.
-The classes: delta_lt_sft.py, delta_peft.py.
+The classes: lt_sft.py, peft.py.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 
 from surgery.checkpoint.writer import check_target
 from surgery.errors import SurgeryError
-from surgery.weights import delta_lt_sft, delta_peft  # noqa: F401 (they register their formats)
-from surgery.weights.delta_file import SparseDelta, is_delta, opened
-from surgery.weights.delta_peer import PEERS, Converted
+from surgery.weights.deltas import lt_sft, peft  # noqa: F401 (they register their formats)
+from surgery.weights.deltas.file import SparseDelta, is_delta, opened
+from surgery.weights.deltas.peer import PEERS, Converted
 
 
 def read(path: str | Path, base: Any = None, *, allow_pickle: bool = False) -> SparseDelta:

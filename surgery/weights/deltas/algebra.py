@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from surgery.errors import SurgeryError
-from surgery.weights.delta_entries import Entry, joined, members
-from surgery.weights.delta_file import SparseDelta
+from surgery.weights.deltas.entries import Entry, joined, members
+from surgery.weights.deltas.file import SparseDelta
 from surgery.weights.sources import Anchor, ranges
 
 

@@ -16,8 +16,8 @@ from surgery.checkpoint.header import dtype_code, torch_dtype
 from surgery.checkpoint.provenance import Checksum, header_hash, tensor_checksum
 from surgery.checkpoint.writer import check_target
 from surgery.errors import SurgeryError
-from surgery.weights.delta_entries import Entry, joined, members, smaller_whole, storage_bits
-from surgery.weights.delta_file import Mode, SparseDelta, opened
+from surgery.weights.deltas.entries import Entry, joined, members, smaller_whole, storage_bits
+from surgery.weights.deltas.file import Mode, SparseDelta, opened
 from surgery.weights.formats import PIECE
 from surgery.weights.live import Undo, targets
 from surgery.weights.progress import Progress, Tally

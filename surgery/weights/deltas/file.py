@@ -40,7 +40,7 @@ from surgery.checkpoint.header import FLOATS, ITEM_BYTES, dtype_code
 from surgery.checkpoint.reader import SINGLE
 from surgery.checkpoint.writer import check_target
 from surgery.errors import SurgeryError
-from surgery.weights.delta_entries import LONG, MOST, Entry
+from surgery.weights.deltas.entries import LONG, MOST, Entry
 from surgery.weights.opening import open_model
 from surgery.weights.sources import flat
 from surgery.weights.vector_file import EMPTY, Recorded
@@ -80,15 +80,15 @@ class SparseDelta:
 
     @classmethod
     def between(cls, base: Any, tuned: Any, mode: Mode = "set", **options: Any) -> SparseDelta:
-        """The numbers of `tuned` that differ bitwise from `base`; see `delta_extract.between` for the options."""
-        from surgery.weights.delta_extract import between
+        """The numbers of `tuned` that differ bitwise from `base`; see `extract.between` for the options."""
+        from surgery.weights.deltas.extract import between
 
         return between(base, tuned, mode, **options)
 
     @classmethod
     def of(cls, vector: TaskVector, **options: Any) -> SparseDelta:
-        """The numbers of any vector that are not zero, mode "add"; see `delta_extract.of_vector`."""
-        from surgery.weights.delta_extract import of_vector
+        """The numbers of any vector that are not zero, mode "add"; see `extract.of_vector`."""
+        from surgery.weights.deltas.extract import of_vector
 
         return of_vector(vector, **options)
 
@@ -104,8 +104,8 @@ class SparseDelta:
 
     @staticmethod
     def compose(deltas: Sequence[SparseDelta], base: Any = None, **options: Any) -> SparseDelta:
-        """Several deltas of one base added up; see `delta_algebra.compose`."""
-        from surgery.weights.delta_algebra import compose
+        """Several deltas of one base added up; see `algebra.compose`."""
+        from surgery.weights.deltas.algebra import compose
 
         return compose(deltas, base, **options)
 
@@ -152,7 +152,7 @@ class SparseDelta:
 
     def added(self, base: Any = None) -> SparseDelta:
         """The same in mode "add": float32 differences from the base, which is compared by its checksums."""
-        from surgery.weights.delta_extract import added
+        from surgery.weights.deltas.extract import added
 
         return added(self, base)
 
@@ -189,7 +189,7 @@ class SparseDelta:
         `options` are those of `TaskVector.apply`. A file can't be taken out of a model without the numbers that it
         replaced, so `undo` names a delta to write which turns `out` into its base again, bit for bit.
         """
-        from surgery.weights.delta_extract import apply_with_undo
+        from surgery.weights.deltas.extract import apply_with_undo
 
         return apply_with_undo(self.vector(), base, out, undo=undo, force=force, **options)
 
@@ -199,7 +199,7 @@ class SparseDelta:
         Both modes need the base (subtracting would not give its bits), or the `undo` file that `apply` wrote. Raises
         `SurgeryError` when `tuned` does not hold the delta.
         """
-        from surgery.weights.delta_extract import reverse
+        from surgery.weights.deltas.extract import reverse
 
         return reverse(self, opened(tuned), self.source if base is None else opened(base)).apply(tuned, out, **options)
 
@@ -211,7 +211,7 @@ class SparseDelta:
         asks that the touched tensors are the base's, by checksum (`transfer=True`: whatever they are); mode "add"
         is added to any model, float32 rounded once. After an exception the model is as before.
         """
-        from surgery.weights.delta_extract import put_into
+        from surgery.weights.deltas.extract import put_into
 
         return put_into(self, model, scale, transfer)
 

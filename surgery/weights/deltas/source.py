@@ -12,8 +12,8 @@ from torch import Tensor
 from surgery.anatomy import output_head
 from surgery.checkpoint import Source, TensorInfo
 from surgery.checkpoint.adapter import tied_pair
-from surgery.weights.delta_extract import checked_base, summed
-from surgery.weights.delta_file import SparseDelta
+from surgery.weights.deltas.extract import checked_base, summed
+from surgery.weights.deltas.file import SparseDelta
 
 
 class DeltaSource:
