@@ -343,6 +343,9 @@ def test_biases_are_no_matrices_whatever_their_dimensions():
     [
         (llama, "fisher", {}, "looks at squares, and there are no data"),
         (llama, "wanda", {}, "looks at inputs, and there are no data"),
+        (llama, "fisher", {"batches": []}, "looks at squares, and there are no data"),
+        (llama, "wanda", {"batches": iter(())}, "looks at inputs, and there are no data"),
+        (llama, "fisher", {"batches": ["a text"]}, "A batch is a str"),
         (llama, "delta", {}, "looks at a fine-tuned sibling of the model, and none is named"),
         (llama, "delta", {"sibling": "tiny-chain"}, r"The sibling's '.*' is \[96, 96\], the model's \[32, 32\]"),
         (llama, "delta", {"sibling": {"x": torch.ones(1)}}, "The sibling has no tensor '.*': it is of another family"),
@@ -354,7 +357,7 @@ def test_biases_are_no_matrices_whatever_their_dimensions():
         (llama, "gradient", {"batches": [{"input_ids": torch.ones(1, 3, dtype=torch.long)}]}, "gives no loss"),
         (llama, "gradient", {"batches": batches(), "loss": lambda b: None}, "The loss of a batch is no number"),
         (llama, "fisher", {"batches": batches(), "loss": lambda b: torch.ones(())}, "The loss of a batch is no number"),
-        (experts, "wanda", {"batches": [], "loss": lambda b: None}, "Experts in one tensor .* their own inputs"),
+        (experts, "wanda", {"batches": [{}], "loss": lambda b: None}, "Experts in one tensor .* their own inputs"),
         (llama, "magnitude", {"direction": "sideways"}, "There is no direction 'sideways'"),
         (llama, "magnitude", {"seed": 3}, "The selection 'magnitude' has no option 'seed'"),
     ],

@@ -5,7 +5,7 @@ Everything is gathered one tensor at a time, and the model is afterwards as it w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,17 +53,16 @@ def gathered(
     """
     needs = set(needs)
     found = Evidence()
-    if needs & {"gradients", "squares", "movement", "inputs"} and batches is None:
+    data = needs & {"gradients", "squares", "movement", "inputs"}
+    batches = list(batches) if data and batches is not None else []
+    if data and not batches:
         what = ", ".join(sorted(needs - {"sibling"}))
         raise SurgeryError(f"This selection looks at {what}, and there are no data for it.",
                            hint="Pass batches=..., dictionaries that the model takes, with labels.")  # fmt: skip
     loss = loss or _own_loss(model)
     if needs & {"gradients", "squares", "movement"}:
-        assert batches is not None
-        batches = list(batches)
         _backward(model, targets, batches, loss, needs, found, lr)
     if "inputs" in needs:
-        assert batches is not None
         _forward(model, targets, batches, loss, found)
     if "sibling" in needs:
         if sibling is None:
@@ -75,6 +74,9 @@ def gathered(
 
 def _own_loss(model: nn.Module) -> Loss:
     def loss(batch: Any) -> Tensor:
+        if not isinstance(batch, Mapping):
+            raise SurgeryError(f"A batch is a {type(batch).__name__}, and the model takes dictionaries.",
+                               hint="Tokenize texts, with labels, or pass loss=, a function of a batch.")  # fmt: skip
         found = getattr(model(**batch), "loss", None)
         if found is None:
             raise SurgeryError("The model gives no loss for these batches.",
