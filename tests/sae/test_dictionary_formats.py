@@ -237,6 +237,15 @@ def test_old_flat_configs_and_the_smallest_one(tmp_path):
         same(found, mine, batch(), 0)
 
 
+def test_a_transcoder_of_one_width_subtracts_nothing_whatever_its_config_leaves_out(tmp_path):
+    mine = dictionary(Standard(), centered=False)
+    save(mine, tmp_path / "x", metadata=LIKE | {"hook_name_out": "blocks.1.hook_mlp_out"})
+    config = json.loads((tmp_path / "x" / "cfg.json").read_text())
+    assert config["architecture"] == "transcoder" and config["d_out"] == D
+    changed(tmp_path / "x", apply_b_dec_to_input=None)
+    same(load(tmp_path / "x")[0], mine, batch(), 0)
+
+
 # ---- what a format can't hold
 
 
