@@ -11,6 +11,7 @@
 | activations of any site, of one model or of several on the same tokens, shuffled | `activations.py` |
 | FVU and the like in one pass; planted directions, and how many are found | `metrics.py` |
 | activations on disk, for sweeps | `cache.py` |
+| files of SAELens, eai-sparsify and dictionary_learning, in and out | `formats/` |
 | codes as (row, latent, value), with exact gradients and one dense product | `codes.py` |
 | which latents a row may use: top k, top k over the batch, above a threshold | `sparsity.py` |
 """
