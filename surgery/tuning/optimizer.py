@@ -51,12 +51,12 @@ class SparseAdamW(Optimizer):
     gradients. `ages`: bias correction counts the steps of each number since it was selected ("entry"), or those of the
     optimizer ("optimizer": LIFT's released code, where a number selected late begins with lr (1 - b1) / sqrt(1 - b2),
     0.45 lr for its betas and 3.2 lr for AdamW's). `penalty` is called before each step and may add to the gradient.
-    `blocks`: gradients of projections are made a block of rows at a time, so that not even one dense gradient is ever
-    there; usual in one process, since their weights then require no gradients, which DDP's wrapper refuses. With
-    several processes the gathered gradients are averaged before a step, as DDP would (`reduce=False` where the caller
-    does that); DDP's own reducer would move dense zeros: see `without_reducer`. Raises `SurgeryError` for selections
-    that do not fit, sharded parameters, and gradients that are not finite (under a `GradScaler` such a step is left
-    out, on all processes).
+    `blocks`: gradients of projections are made a block of rows at a time, of S2FT's slices these alone, so that no
+    dense gradient is ever there; usual in one process, since DDP's reducer would wait for the dense ones. With several
+    processes the gathered gradients are averaged before a step, as DDP would (`reduce=False` where the caller does
+    that); DDP's own reducer would move dense zeros: see `without_reducer`. Raises `SurgeryError` for selections that
+    do not fit, sharded parameters, and gradients that are not finite (under a `GradScaler` such a step is left out, on
+    all processes).
     """
 
     _step_supports_amp_scaling = True  # a GradScaler hands its scale over, and leaves it to `step` what to leave out
@@ -112,13 +112,12 @@ class SparseAdamW(Optimizer):
         for bank in self.banks:
             owner = self.model.get_submodule(bank.name.rpartition(".")[0])
             inside = self.blocks and is_projection(owner) and uses[id(bank.parameter)] == 1
-            if isinstance(bank.part, Slice):
-                self._handles.append(slice_gradients(owner, bank.part, partial(self._take, bank)))
+            if inside and isinstance(bank.part, Slice):
+                self._handles += slice_gradients(owner, bank.part, partial(self._take, bank))
             elif inside and bank.places is not None and bank.parameter.dim() == 2:
-                self._handles.append(scattered_gradients(owner, bank.places, partial(self._take, bank)))
-            else:
-                bank.parameter.requires_grad_(True)
-                self._handles.append(bank.parameter.register_post_accumulate_grad_hook(partial(self._gather, bank)))
+                self._handles += scattered_gradients(owner, bank.places, partial(self._take, bank))
+            bank.parameter.requires_grad_(True)
+            self._handles.append(bank.parameter.register_post_accumulate_grad_hook(partial(self._gather, bank)))
 
     def release(self) -> None:
         """Takes the hooks off the model, and lets its parameters require gradients as before."""
@@ -389,9 +388,8 @@ def _several() -> bool:
 def without_reducer(model: nn.Module) -> nn.Module:
     """A DDP model whose own reducer rests: `SparseAdamW` averages the gathered numbers, 20 times fewer at 5 %.
 
-    It is what `no_sync` does, for good; `accelerate`'s `accumulate` leaves it so. Where rows and columns alone move
-    (S2FT) no parameter requires gradients and DDP refuses the model: it needs no wrapper, the gathered numbers are
-    averaged all the same.
+    It is what `no_sync` does, for good; `accelerate`'s `accumulate` leaves it so. A model without a wrapper does as
+    well: the gathered numbers are averaged all the same, and `blocks=True` is then possible too.
     """
     if not hasattr(model, "require_backward_grad_sync"):
         raise SurgeryError(f"{type(model).__name__} is not wrapped by DistributedDataParallel.")

@@ -4,15 +4,16 @@
     columns    dW[:, C] = dY^T X[:, C]
     scattered  dW       = dY^T X, a block of rows at a time, of which the chosen numbers are kept
 
-A forward hook passes the projection's output through a function that is the identity, and whose backward pass makes
-these products of what comes back. The weight itself is frozen: for rows and columns the rest of the product is never
-made, and for columns only those of the input are kept; scattered numbers save memory alone. The module stays what it
-was: other hooks see the same inputs and outputs.
+Hooks hide the weight from autograd while the projection computes, and pass its output through a function that is the
+identity, and whose backward pass makes these products of what comes back. For rows and columns the rest of the product
+is never made, and for columns only those of the input are kept; scattered numbers save memory alone. What else a weight
+is used for (a penalty on it) has its gradient as ever, and so has the module: other hooks see what they saw.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def is_projection(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
-def slice_gradients(module: nn.Module, part: Slice, take: Take) -> RemovableHandle:
+def slice_gradients(module: nn.Module, part: Slice, take: Take) -> list[RemovableHandle]:
     """Calls `take` with the gradient of rows or columns in every backward pass through a projection."""
     transposed = type(module).__name__ == "Conv1D"
     outputs = (part.dim == 0) != transposed  # rows of (out, in) are outputs
@@ -45,7 +46,7 @@ def slice_gradients(module: nn.Module, part: Slice, take: Take) -> RemovableHand
     return _hooked(module, wrapped)
 
 
-def scattered_gradients(module: nn.Module, places: Tensor, take: Take) -> RemovableHandle:
+def scattered_gradients(module: nn.Module, places: Tensor, take: Take) -> list[RemovableHandle]:
     """Calls `take` with the gradient at `places` (sorted flat positions) in every backward pass."""
     weight: Any = module.weight
     (rows, columns), transposed = weight.shape, type(module).__name__ == "Conv1D"
@@ -60,15 +61,42 @@ def scattered_gradients(module: nn.Module, places: Tensor, take: Take) -> Remova
     return _hooked(module, wrapped)
 
 
-def _hooked(module: nn.Module, wrapped: Callable[[Tensor, Tensor, Tensor], Tensor]) -> RemovableHandle:
+_resting = 0
+"""How many callers look at gradients of their own."""
+
+
+@contextmanager
+def resting() -> Iterator[None]:
+    """Inside, no projection makes products of its own: what flows is left to others who look at gradients."""
+    global _resting
+    _resting += 1
+    try:
+        yield
+    finally:
+        _resting -= 1
+
+
+def _hooked(module: nn.Module, wrapped: Callable[[Tensor, Tensor, Tensor], Tensor]) -> list[RemovableHandle]:
+    """While the projection computes, autograd does not see its weight; what else the weight is used for, it does."""
     anchor = torch.zeros((), requires_grad=True)  # makes the output part of the graph, whatever else is frozen
+    weight: Any = module.weight
+    unseen = False
 
-    def hook(called: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if called is not module or not torch.is_grad_enabled():  # a copy of the model brings the hook along
+    def before(called: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal unseen
+        if called is module and not _resting and torch.is_grad_enabled():  # a copy of the model brings hooks along
+            unseen = weight.requires_grad
+            weight.requires_grad_(False)
+
+    def behind(called: nn.Module, args: tuple[Tensor, ...], output: Tensor | None) -> Tensor | None:
+        nonlocal unseen
+        if called is not module or not unseen:
             return output
-        return wrapped(args[0], output, anchor)
+        unseen = False
+        weight.requires_grad_(True)
+        return None if output is None else wrapped(args[0], output, anchor)
 
-    return module.register_forward_hook(hook)
+    return [module.register_forward_pre_hook(before), module.register_forward_hook(behind, always_call=True)]
 
 
 class _Slice(torch.autograd.Function):

@@ -130,17 +130,6 @@ def sharded() -> list[str]:
     return told
 
 
-def nothing_to_wrap() -> str:
-    """What torch says to DDP of a model of which rows and columns move alone: it needs no wrapper."""
-    model = llama()
-    SparseAdamW(model, chosen(model, "s2ft"))
-    try:
-        torch.nn.parallel.DistributedDataParallel(model)
-    except RuntimeError as error:
-        return str(error)
-    return ""
-
-
 def main(folder: Path) -> None:
     """Every run, and what FSDP2 is told."""
     rank = int(os.environ.get("RANK", "0"))
@@ -151,7 +140,6 @@ def main(folder: Path) -> None:
         facts[name] = found
     if "RANK" in os.environ:
         facts["sharded"] = sharded()
-        facts["nothing_to_wrap"] = nothing_to_wrap()
     (folder / f"facts-{rank}.json").write_text(json.dumps(facts))
 
 

@@ -64,6 +64,15 @@ def sparse(model, selection, batches, *, accumulate=1, **settings):
     return optimizer
 
 
+def dense_gradients(model):
+    """The names of parameters whose dense gradient comes, as it comes."""
+    made = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda _, name=name: made.append(name))
+    return made
+
+
 def furthest(a, b):
     return max(
         float((p.detach().float() - q.detach().float()).abs().max())
@@ -104,14 +113,13 @@ def test_products_by_blocks_are_the_dense_gradients(monkeypatch, autocast):
         chosen = select(model, "random", density=0.2, modules=["attention", "mlp", "embedding"])
         gradients = []
         for blocks in (False, True):
-            optimizer = SparseAdamW(model, chosen, blocks=blocks)
+            optimizer, made = SparseAdamW(model, chosen, blocks=blocks), dense_gradients(model)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 model(ids, labels=ids).loss.backward()
             optimizer.settle()
             gradients.append(optimizer.flat.grad.clone())
-            needing = {n for n, p in model.named_parameters() if p.requires_grad}
             embeddings = {n for n in chosen if group_of(n) == "embedding"}
-            assert needing == (embeddings if blocks else set(chosen))
+            assert set(made) == (embeddings if blocks else set(chosen))
             optimizer.release()
         scale = float(gradients[0].abs().max())
         assert float((gradients[0] - gradients[1]).abs().max()) <= (2e-2 if autocast else 1e-6) * scale
@@ -131,12 +139,40 @@ def test_whole_parameters_and_slices_move_as_their_masks_do():
     sparse(two, Selection.of_masks(masks), batches)
     dense(other, masks, batches)
     assert furthest(one, other) <= 1e-7 and furthest(two, other) <= 1e-7
-    assert not one[0].weight.requires_grad and one[0].bias.requires_grad  # the dense product is never made
+    made = dense_gradients(one)
+    loss(one, *batches[0]).backward()
+    assert made == ["0.bias"]  # the products for all of the weights are never made
     optimizer.release()
     assert all(p.requires_grad for p in one.parameters())
     before = copy.deepcopy(one.state_dict())
     loss(one, *batches[0]).backward()
     assert one[0].weight.grad is not None and all(torch.equal(v, before[n]) for n, v in one.state_dict().items())
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_what_else_a_weight_is_used_for_has_its_gradient(blocks):
+    """A penalty on the weights themselves, a weight used by hand: not through the projection's forward."""
+    model, other, (x, y) = net(), net(), data(1)[0]
+    masks = random_masks(model)
+
+    def whole(m):
+        by_hand = torch.nn.functional.linear(x, m[0].weight).square().mean()
+        return loss(m, x, y) + sum(p.square().sum() for p in m.parameters()) + by_hand
+
+    optimizer = SparseAdamW(model, Selection.of_masks(masks), blocks=blocks)
+    whole(model).backward()
+    whole(other).backward()
+    optimizer.settle()
+    for name, p in other.named_parameters():
+        torch.testing.assert_close(optimizer.gradient_of(name), p.grad[masks[name]], rtol=1e-5, atol=1e-7)
+
+
+def test_a_forward_that_fails_leaves_its_weight_as_it_was():
+    model = net()
+    SparseAdamW(model, Selection.of_masks(random_masks(model)), blocks=True)
+    with pytest.raises(RuntimeError):
+        model(torch.zeros(2, 5))
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_bfloat16_weights_move_by_steps_below_their_resolution():

@@ -96,6 +96,8 @@ def _gradients_of(
     """
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     wanted = {id(t.parameter) for t in targets}
+    from surgery.tuning.slices import resting as unseen
+
     handles, resting = [], []
     try:
         for p, _, _ in flags:
@@ -107,7 +109,8 @@ def _gradients_of(
                 resting.append((hooks, dict(hooks)))
                 hooks.clear()
             handles.append(target.parameter.register_post_accumulate_grad_hook(take(target)))
-        yield
+        with unseen():
+            yield
     finally:
         for handle in handles:
             handle.remove()
