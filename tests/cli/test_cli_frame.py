@@ -14,7 +14,7 @@ COMMANDS = [
     ["recipes", "list"], ["recipes", "show"], ["rollouts", "inspect"],
     *(["vector", word] for word in ("extract", "apply", "combine", "inspect", "check", "export-lora")),
     *(["delta", word] for word in ("extract", "apply", "overlap", "convert")),
-    *(["tune", word] for word in ("show", "select")),
+    *(["tune", word] for word in ("show", "select", "list")),
 ]  # fmt: skip
 HEAVY = """
 import sys
