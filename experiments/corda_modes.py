@@ -8,8 +8,7 @@ Covariances are of 256 rows: of the base's skills (what is to be kept), or of th
 
 Forgetting, at equal accuracy on the task (a run ends where it gets there; rates by what was kept there, 0 for runs that
 never get there): a plain LoRA; kpm with covariances of the skills; two controls, kpm with the identity for a covariance
-(the smallest components of W itself) and kpm with covariances of the task (the wrong text, and what a recipe takes that
-names no other).
+(the smallest components of W itself) and kpm with covariances of the task (the wrong text).
 Speed, over the first 20 steps (rates by the area under the curve of the accuracy): a plain LoRA; ipm with covariances
 of the task; two controls, ipm with the identity (PiSSA's start, arXiv:2404.02948) and with covariances of the skills.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,8 @@ def delta(base: str | Path, model: PreTrainedModel, moving: Moving, path: Path) 
 
     assert moving.selection is not None
     about = {"selections": moving.turn, "chosen last": moving.selection.count}
-    SparseDelta.between(zoo.resolved(str(base)), model, method=moving.selection.method, parameters=about).save(path)
+    found = SparseDelta.between(zoo.resolved(str(base)), model, method=moving.selection.method, parameters=about)
+    replace(found, definition=f"{path.parent.name} - {Path(base).name}").save(path)
 
 
 def last_selection(out: Path) -> Selection | None:

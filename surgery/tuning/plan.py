@@ -170,6 +170,9 @@ class Corda:
     def __post_init__(self) -> None:
         _adapter(self.rank, self.alpha)
         _at_least(1, samples=self.samples)
+        if self.mode == "kpm" and self.data is None:
+            raise SurgeryError("CorDA's kpm keeps what its data show, and none are named.",
+                               hint="tuning: {corda: {mode: kpm, data: ...}}, text of what is to be kept.")  # fmt: skip
 
 
 def _adapter(rank: int, alpha: float | None) -> None:

@@ -186,6 +186,7 @@ def test_adapters_are_put_on_trained_and_saved_for_the_models_own_weights(tmp_pa
         ({"delta": {}}, "needs a fine-tuned sibling"),
         ({"half": {"density": 0.1}}, "'half' has no parameter 'density'"),
         ({"lift": {"sibling": "x"}}, "no parameter 'sibling'"),
+        ({"corda": {"mode": "kpm"}}, "kpm keeps what its data show"),
         ({"lottery": {"rounds": 0}}, "0 rounds"),
         (["lift"], "One tuning is expected"),
     ],
@@ -225,6 +226,7 @@ def test_a_run_leaves_a_sparse_delta_that_makes_its_model_of_the_base(tmp_path):
     words = SFT | {"data": {"task": "chain"}, "steps": 3}
     run = train("tiny-base", out=tmp_path / "run", tuning={"lift": {"refresh": 2}}, optimizer={"lr": 1e-3}, **words)
     found = SparseDelta.load(tmp_path / "run" / "delta.safetensors")
+    assert found.definition == "run - tiny-base"
     assert 22_124 <= found.count < 2 * 22_124  # two selections of 5 % of 442,368
     found.apply("tiny-base", tmp_path / "again")
     again, whole = (load_file(p / "model.safetensors") for p in (tmp_path / "again", tmp_path / "run" / "model"))
