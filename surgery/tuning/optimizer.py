@@ -113,11 +113,14 @@ class SparseAdamW(Optimizer):
             owner = self.model.get_submodule(bank.name.rpartition(".")[0])
             inside = self.blocks and is_projection(owner) and uses[id(bank.parameter)] == 1
             if inside and isinstance(bank.part, Slice):
-                self._handles += slice_gradients(owner, bank.part, partial(self._take, bank))
+                self._handles += slice_gradients(owner, bank.part, partial(self._take, bank), self._listens)
             elif inside and bank.places is not None and bank.parameter.dim() == 2:
-                self._handles += scattered_gradients(owner, bank.places, partial(self._take, bank))
+                self._handles += scattered_gradients(owner, bank.places, partial(self._take, bank), self._listens)
             bank.parameter.requires_grad_(True)
             self._handles.append(bank.parameter.register_post_accumulate_grad_hook(partial(self._gather, bank)))
+
+    def _listens(self) -> bool:
+        return self.listening
 
     def release(self) -> None:
         """Takes the hooks off the model, and lets its parameters require gradients as before."""

@@ -24,6 +24,8 @@ from surgery.tuning.selection.places import Slice
 
 Take = Callable[[Tensor], None]
 """Receives the gradient of the chosen numbers, flat and in the order of the weight's positions."""
+Wanted = Callable[[], bool]
+"""Whether somebody listens."""
 BLOCK = 1 << 18
 """Numbers of a dense gradient that are there at a time: they fit into a processor's cache."""
 
@@ -33,8 +35,8 @@ def is_projection(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
-def slice_gradients(module: nn.Module, part: Slice, take: Take) -> list[RemovableHandle]:
-    """Calls `take` with the gradient of rows or columns in every backward pass through a projection."""
+def slice_gradients(module: nn.Module, part: Slice, take: Take, wanted: Wanted) -> list[RemovableHandle]:
+    """Calls `take` with the gradient of rows or columns, in backward passes of forward passes where it is `wanted`."""
     transposed = type(module).__name__ == "Conv1D"
     outputs = (part.dim == 0) != transposed  # rows of (out, in) are outputs
 
@@ -43,11 +45,11 @@ def slice_gradients(module: nn.Module, part: Slice, take: Take) -> list[Removabl
         kept = x if outputs else x.index_select(-1, index)
         return _Slice.apply(output, anchor, kept.detach(), index if outputs else None, transposed, take)
 
-    return _hooked(module, wrapped)
+    return _hooked(module, wrapped, wanted)
 
 
-def scattered_gradients(module: nn.Module, places: Tensor, take: Take) -> list[RemovableHandle]:
-    """Calls `take` with the gradient at `places` (sorted flat positions) in every backward pass."""
+def scattered_gradients(module: nn.Module, places: Tensor, take: Take, wanted: Wanted) -> list[RemovableHandle]:
+    """Calls `take` with the gradient at `places` (sorted flat positions), as `slice_gradients` does."""
     weight: Any = module.weight
     (rows, columns), transposed = weight.shape, type(module).__name__ == "Conv1D"
     step = max(1, BLOCK // columns)
@@ -58,7 +60,7 @@ def scattered_gradients(module: nn.Module, places: Tensor, take: Take) -> list[R
     def wrapped(x: Tensor, output: Tensor, anchor: Tensor) -> Tensor:
         return _Scattered.apply(output, anchor, x.detach(), places.to(output.device), blocks, transposed, take)
 
-    return _hooked(module, wrapped)
+    return _hooked(module, wrapped, wanted)
 
 
 _resting = 0
@@ -76,7 +78,9 @@ def resting() -> Iterator[None]:
         _resting -= 1
 
 
-def _hooked(module: nn.Module, wrapped: Callable[[Tensor, Tensor, Tensor], Tensor]) -> list[RemovableHandle]:
+def _hooked(
+    module: nn.Module, wrapped: Callable[[Tensor, Tensor, Tensor], Tensor], wanted: Wanted
+) -> list[RemovableHandle]:
     """While the projection computes, autograd does not see its weight; what else the weight is used for, it does."""
     anchor = torch.zeros((), requires_grad=True)  # makes the output part of the graph, whatever else is frozen
     weight: Any = module.weight
@@ -84,7 +88,8 @@ def _hooked(module: nn.Module, wrapped: Callable[[Tensor, Tensor, Tensor], Tenso
 
     def before(called: nn.Module, args: tuple[Tensor, ...]) -> None:
         nonlocal unseen
-        if called is module and not _resting and torch.is_grad_enabled():  # a copy of the model brings hooks along
+        # A copy of the model brings hooks along; of several optimizers of one model only one listens.
+        if called is module and wanted() and not _resting and torch.is_grad_enabled():
             unseen = weight.requires_grad
             weight.requires_grad_(False)
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from surgery.checkpoint import TensorInfo
 from surgery.checkpoint.header import dtype_code
 from surgery.errors import SurgeryError
+from surgery.weights.deltas.entries import storage_bits
 from surgery.weights.expression import Expression
 from surgery.weights.sources import ranges
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _count = itertools.count(1)
 
 
@@ -95,8 +95,7 @@ class Undo:
             tensor.view(-1)[places.long().to(tensor.device)] = new
 
     def _keep(self, tensor: Tensor, start: int, stop: int, old: Tensor, new: Tensor) -> None:
-        width = _BITS[old.element_size()]
-        places = (old.view(width) != new.view(width)).nonzero().view(-1)
+        places = (storage_bits(old) != storage_bits(new)).nonzero().view(-1)
         if places.numel() * (4 + old.element_size()) < old.numel() * old.element_size():
             if places.numel():
                 self._saved.append(_Saved(tensor, start, stop, places.int(), old[places]))

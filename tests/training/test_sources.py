@@ -233,6 +233,23 @@ def test_relift_has_two_optimizers():
     assert set(moved["policy"]) == {1.0} == set(moved["imitation"])
 
 
+def test_relifts_two_optimizers_each_move_what_was_chosen():
+    """Both step over the same chosen numbers, each by gradients of its own: of all projections, not of norms alone."""
+    engine = trainer(
+        Scripted(never), source={"relift": {"size": 4}}, tuning={"lift": {"density": 0.2, "rank": 2}},
+        **{**LIFT, "steps": 2},
+    )  # fmt: skip
+    engine.run()
+    for name in ("policy", "imitation"):
+        sparse = engine.moving.optimizers[name]
+        (state,) = sparse.state.values()
+        reached = [bank.name for bank in sparse.banks if bool(state["exp_avg"][bank.start : bank.stop].any())]
+        assert state["step"].item() == 1.0
+        assert len(reached) == (
+            len(sparse.banks) if name == "imitation" else 0
+        )  # rewards were all 0: no policy gradient
+
+
 # ---- several, and what they remember
 
 

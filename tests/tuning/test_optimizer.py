@@ -393,12 +393,20 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
     assert furthest(*found) == 0
 
 
-def test_of_two_optimizers_of_one_model_the_last_gets_the_gradients():
-    model, (x, y) = net(), data(1)[0]
-    first, last = (SparseAdamW(model, Selection.of_masks(random_masks(model, seed=s))) for s in (1, 2))
-    before = copy.deepcopy(model.state_dict())
-    loss(model, x, y).backward()
-    first.step()
-    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
-    last.step()
-    assert not all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+@pytest.mark.parametrize("blocks", [False, True])
+def test_of_two_optimizers_of_one_model_the_one_that_listens_gets_the_gradients(blocks):
+    """At first the last one made; all of its numbers, weights and biases, and the other one's none."""
+    model, other, (x, y) = net(), net(), data(1)[0]
+    loss(other, x, y).backward()
+    each = [random_masks(model, seed=s) for s in (1, 2)]
+    first, last = (SparseAdamW(model, Selection.of_masks(masks), blocks=blocks) for masks in each)
+    for _ in range(2):
+        loss(model, x, y).backward()
+        assert first.flat.grad is None
+        assert {"0.weight", "2.weight"} <= set(last.selection)
+        for name in last.selection:
+            right = other.get_parameter(name).grad[each[1][name]]
+            torch.testing.assert_close(last.gradient_of(name), right, rtol=1e-5, atol=1e-8)
+        last.zero_grad()
+        first, last, each = last, first, each[::-1]
+        first.listening, last.listening = False, True

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
 from surgery.registry import nearest
-
-WIDE = 1 << 31
-"""From so many numbers on a tensor's positions need 64 bits."""
+from surgery.weights.deltas.entries import place_type
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,13 +209,14 @@ class Selection:
                     raise SurgeryError(f"{path} holds no selection.", hint="Selection.save writes one.")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         except (OSError, SafetensorError) as error:
-            raise SurgeryError(f"{path} can't be read as a selection: {str(error).splitlines()[0]}") from None
+            raise SurgeryError(f"{path} can't be read as a selection: {str(error).splitlines()[0]}",
+                               hint=f"surgery tune select MODEL -o {path}") from None  # fmt: skip
         return cls.from_tensors(tensors, json.loads(words))
 
 
 def narrow(flat: Tensor, numel: int) -> Tensor:
     """Positions in the smallest type that holds them: int32, or int64 for tensors of 2^31 numbers and more."""
-    return flat.to(torch.int64 if numel >= WIDE else torch.int32)
+    return flat.to(place_type(numel))
 
 
 def _numel(shape: tuple[int, ...]) -> int:
