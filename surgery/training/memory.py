@@ -175,5 +175,6 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def size_told(count: int) -> str:
+    """1_790_000 -> "1.79 MB"."""
     power = min(4, (len(str(count)) - 1) // 3)
     return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

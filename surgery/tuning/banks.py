@@ -62,6 +62,7 @@ def banks_of(model: nn.Module, selection: Selection) -> list[Bank]:
 
 
 def read(flat: Tensor, places: Tensor | None) -> Tensor:
+    """The numbers at `places` of a flat tensor; all of them without."""
     return flat if places is None else flat.index_select(0, places)
 
 
@@ -92,10 +93,12 @@ def used(births: list[int], born: Tensor) -> tuple[list[int], Tensor]:
 
 
 def on(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """An optimizer's state on a device; its count of steps stays where it is."""
     return {k: v.to(device) if isinstance(v, Tensor) and k != "step" else v for k, v in state.items()}
 
 
 def same(one: Selection, other: Selection) -> bool:
+    """Whether two selections name the same numbers."""
     mine, theirs = one.tensors(), other.tensors()
     return mine[1]["tensors"] == theirs[1]["tensors"] and all(
         torch.equal(t.cpu(), theirs[0][name].cpu()) for name, t in mine[0].items()
