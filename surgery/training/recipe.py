@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -26,11 +26,16 @@ from surgery.registry import nearest
 PACKAGED = Path(__file__).parent / "recipes"
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """Of a recipe: unknown keys are mistakes."""
+
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
 
-class BatchSettings(_Part):
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+class BatchSettings(Part):
     """Of updates."""
 
     rows: int = Field(8, ge=1, description="rows of a data set in one update, over all processes")
@@ -42,7 +47,7 @@ class BatchSettings(_Part):
     share_prompts: bool = Field(True, description="a group's prompt goes through the model once")
 
 
-class RolloutSettings(_Part):
+class RolloutSettings(Part):
     """Of sampling."""
 
     prompts: int = Field(8, ge=1, description="prompts in one iteration, over all processes")
@@ -56,7 +61,7 @@ class RolloutSettings(_Part):
     batch_size: int = Field(256, ge=1, description="rows decoded at a time")
 
 
-class OptimizerSettings(_Part):
+class OptimizerSettings(Part):
     """AdamW and its learning rate."""
 
     lr: float = Field(1e-5, ge=0)
@@ -69,7 +74,7 @@ class OptimizerSettings(_Part):
     final: float = Field(0.0, ge=0, le=1, description="share of the peak at the end")
 
 
-class EvaluateSettings(_Part):
+class EvaluateSettings(Part):
     """Greedy accuracy on rows that training never sees."""
 
     every: int = Field(0, ge=0, description="steps between two evaluations (0: none)")
@@ -79,14 +84,14 @@ class EvaluateSettings(_Part):
     batch_size: int = Field(128, ge=1)
 
 
-class CheckpointSettings(_Part):
+class CheckpointSettings(Part):
     """What `--resume` starts from."""
 
     every: int = Field(0, ge=0, description="steps between two checkpoints (0: none but the result)")
     keep: int = Field(2, ge=1)
 
 
-class Recipe(_Part):
+class Recipe(Part):
     """One training run."""
 
     name: str = "run"
@@ -131,13 +136,27 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
 
     Raises `SurgeryError` for files, keys and values that are wrong; the sentence names the nearest right key.
     """
+    words, folder = read(path, changes, PACKAGED)
+    return make(words, folder)
+
+
+def make(words: Mapping[str, Any], folder: str | Path = ".") -> Recipe:
+    """A recipe from its words. Raises `SurgeryError` in a sentence for each kind of mistake."""
+    return checked(Recipe, {**words, "folder": Path(folder)})
+
+
+def read(path: str | Path, changes: Sequence[str], packaged: Path) -> tuple[dict[str, Any], Path]:
+    """The words of a YAML file, or of one in the folder `packaged` by name, and the folder that it lies in.
+
+    Raises `SurgeryError` for what is not there, or no keys and values.
+    """
     import yaml
 
     file = Path(path)
     if not file.is_file():
-        file = PACKAGED / f"{path}.yaml"
+        file = packaged / f"{path}.yaml"
     if not file.is_file():
-        names = [p.stem for p in PACKAGED.glob("*.yaml")]
+        names = [p.stem for p in packaged.glob("*.yaml")]
         raise SurgeryError(f"There is no recipe {path}, neither as a file nor by name.", hint=nearest(str(path), names))
     try:
         words = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
@@ -153,26 +172,33 @@ def load(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
             _set(words, key.split("."), _number(yaml.safe_load(text)))
         except yaml.YAMLError as error:
             raise SurgeryError(f"--set {change}: the value is not YAML: {str(error).splitlines()[0]}.") from None
-    return make(words, folder=file.parent)
+    return words, file.parent
 
 
-def make(words: Mapping[str, Any], folder: str | Path = ".") -> Recipe:
-    """A recipe from its words. Raises `SurgeryError` in a sentence for each kind of mistake."""
+def checked(kind: type[Kind], words: Mapping[str, Any]) -> Kind:
+    """`kind` from its words. Raises `SurgeryError` that names the key, and the nearest right one."""
     try:
-        return Recipe(**words, folder=Path(folder))
+        return kind(**words)
     except ValidationError as error:
-        raise SurgeryError(*_told(error)) from None
+        raise SurgeryError(_told(kind, error)) from None
 
 
-def _told(error: ValidationError) -> tuple[str]:
+def _told(kind: type[BaseModel], error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        part: Any = Recipe
+        part: Any = kind
         for name in first["loc"][:-1]:
-            part = part.model_fields[name].annotation
-        return (f"The recipe has no key '{where}'. {nearest(str(first['loc'][-1]), part.model_fields)}",)
-    return (f"Recipe, {where}: {first['msg'][0].lower()}{first['msg'][1:]}, found {first['input']!r}.",)
+            part = _inner(part, name)
+        return f"The recipe has no key '{where}'. {nearest(str(first['loc'][-1]), part.model_fields)}"
+    return f"Recipe, {where}: {first['msg'][0].lower()}{first['msg'][1:]}, found {first['input']!r}."
+
+
+def _inner(part: Any, name: Any) -> Any:
+    """What lies below a key: of a dictionary of parts, the kind of the parts."""
+    if not hasattr(part, "model_fields"):  # the key of one part among several: its kind is known already
+        return get_args(part)[-1]
+    return part.model_fields[name].annotation
 
 
 def _set(words: dict[str, Any], path: Sequence[str], value: Any) -> None:
