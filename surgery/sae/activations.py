@@ -10,9 +10,11 @@ computed. Rows of all sites are of the same tokens in the same order, shuffled a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from surgery.activations.interventions import capture, unwrapped
 from surgery.anatomy import Site, anatomy_of
 from surgery.errors import SurgeryError
 from surgery.models import Batch, as_batch, untouched
+from surgery.training.distributed import World
 
 Rows = dict[str, Tensor]
 """By site: (tokens, width) float32."""
@@ -48,9 +51,11 @@ def last_tokens(batch: Batch) -> Tensor:
 class Stream:
     """Iterates over batches of tokens, and gives the activations of the tokens that `keep` keeps.
 
-    `models` read the same tokens, and their activations stand side by side. `batches` is whatever
-    `surgery.models.as_batch` takes. Raises `SurgeryError` for sites that a model lacks, models of different widths, and
-    activations that are not finite, by batch and token.
+    `models` read the same tokens, and their activations stand side by side; with `difference` there is the second's
+    less the first's instead. `batches` is whatever `surgery.models.as_batch` takes. Of many processes (`world`, by
+    accelerate) each reads every so manieth batch, and all get the rows of all, in the order of one process. Raises
+    `SurgeryError` for sites that a model lacks, models of different widths, and activations that are not finite, by
+    batch and token.
     """
 
     models: Any
@@ -58,6 +63,10 @@ class Stream:
     batches: Iterable[Any]
     keep: Keep = field(default_factory=real_tokens)
     tokenizer: Any = None
+    difference: bool = False
+    world: World = field(default_factory=World)
+    begin: int = 0
+    """Batches that are passed over at the start."""
 
     def __post_init__(self) -> None:
         self.models = list(self.models) if isinstance(self.models, Sequence | nn.ModuleList) else [self.models]
@@ -67,11 +76,24 @@ class Stream:
         if any(sites != each[0] for sites in each[1:]):
             raise SurgeryError("The models do not have the same sites.", hint="Pairs need the same architecture.")
         self.names = [str(site) for site in each[0]]
+        if self.difference and len(self.models) != 2:
+            raise SurgeryError(f"A difference is of two models, and there are {len(self.models)}.")
 
     def __iter__(self) -> Iterator[Rows]:
-        for number, thing in enumerate(self.batches):
-            batch = as_batch(thing, self.tokenizer)
-            yield self.read(batch, number)
+        numbered = enumerate(islice(self.batches, self.begin, None), self.begin)
+        while group := list(islice(numbered, self.world.size)):
+            yield from (rows for rows in self.world.together(partial(self._mine, group)) if rows is not None)
+
+    def after(self, batches: int) -> Stream:
+        """The same without its first so many batches."""
+        return replace(self, begin=batches)
+
+    def _mine(self, group: Sequence[tuple[int, Any]]) -> Rows | None:
+        """The rows of this process's batch of a group; None where the text has ended."""
+        if self.world.rank >= len(group):
+            return None
+        number, thing = group[self.world.rank]
+        return self.read(as_batch(thing, self.tokenizer), number)
 
     @torch.no_grad()
     def read(self, batch: Batch, number: int = 0) -> Rows:
@@ -83,7 +105,8 @@ class Stream:
             values = [part[name][kept.to(part[name].device)].flatten(1).float() for part in parts]
             if len({value.shape[1] for value in values}) > 1:
                 raise SurgeryError(f"'{name}' has widths of {[value.shape[1] for value in values]} in these models.")
-            rows = torch.cat([value.to(values[0].device) for value in values], 1)
+            values = [value.to(values[0].device) for value in values]
+            rows = values[1] - values[0] if self.difference else torch.cat(values, 1)
             if not bool(rows.isfinite().all()):
                 token = int((~rows.isfinite()).any(1).nonzero()[0])
                 place = kept.nonzero()[token].tolist()
@@ -131,43 +154,88 @@ class Shuffled:
 
     Every batch is drawn at random from the whole buffer, without replacement, and its places are filled with the
     stream's next rows; at the end the rest is drawn. One copy of the buffer, `size` x width x 4 bytes a site. The order
-    is a function of the seed and the stream. With `drop_last` a last batch that is smaller is left out.
+    is a function of the seed and the stream. With `drop_last` a last batch that is smaller is left out. Between two
+    batches `state()` is all that it holds: another one that takes it up with `restore` goes on with the same batches.
     """
 
     def __init__(self, stream: Iterable[Rows], *, size: int, batch: int, seed: int = 0, drop_last: bool = True) -> None:
         if batch < 1 or size < batch:
             raise SurgeryError(f"A buffer of {size:,} rows can't give batches of {batch:,}.", hint="Raise its size.")
         self.stream, self.size, self.batch, self.drop_last = stream, size, batch, drop_last
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
+        self._empty()
+
+    def _empty(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self.buffer: Rows = {}
+        self.filled = self.read = 0
+        self.pending: Rows = {}
+        """Rows that were read and have no place in the buffer yet."""
+        self._restored = False
 
     def __iter__(self) -> Iterator[Rows]:
-        buffer: Rows = {}
-        filled = 0
-        for rows in self.stream:
-            if not buffer:
-                buffer = {name: value.new_empty(self.size, value.shape[1]) for name, value in rows.items()}
-            start, many = 0, len(next(iter(rows.values())))
-            while start < many:
-                stop = min(many, start + self.size - filled)
-                for name, value in rows.items():
-                    buffer[name][filled : filled + stop - start] = value[start:stop]
-                filled, start = filled + stop - start, stop
-                if filled == self.size:
-                    yield self._drawn(buffer, filled)
-                    filled -= self.batch
-        while filled >= self.batch or (filled and not self.drop_last):
-            yield self._drawn(buffer, filled)
-            filled = max(0, filled - self.batch)
+        if not self._restored:
+            self._empty()
+        self._restored = False
+        for rows in self._from_here():
+            self.pending = rows
+            while len(next(iter(self.pending.values()))):
+                self._fill()
+                if self.filled == self.size:
+                    yield self._drawn()
+        while self.filled >= self.batch or (self.filled and not self.drop_last):
+            yield self._drawn()
 
-    def _drawn(self, buffer: Rows, filled: int) -> Rows:
-        """Random rows of the first `filled`, whose places the last ones then take: the end of them is free."""
-        many = min(self.batch, filled)
+    def state(self) -> tuple[dict[str, Tensor], int]:
+        """Tensors, and how many items of the stream have been read."""
+        held = {f"buffer.{name}": value[: self.filled] for name, value in self.buffer.items()}
+        held |= {f"pending.{name}": value for name, value in self.pending.items()}
+        return held | {"generator": self.generator.get_state()}, self.read
+
+    def restore(self, tensors: Mapping[str, Tensor], read: int) -> None:
+        """Takes up a state: the next iteration goes on from there."""
+        self._empty()
+        self.generator.set_state(tensors["generator"])
+        for key, value in tensors.items():
+            kind, _, name = key.partition(".")
+            if kind == "pending":
+                self.pending[name] = value
+            elif kind == "buffer":
+                self.filled = len(value)
+                self.buffer[name] = value.new_empty(self.size, value.shape[1])
+                self.buffer[name][: self.filled] = value
+        self.read, self._restored = read, True
+
+    def _from_here(self) -> Iterator[Rows]:
+        """What was read and not placed, then the rest of the stream."""
+        if self.pending:
+            yield self.pending
+        rest = self.stream.after(self.read) if isinstance(self.stream, Stream) else islice(self.stream, self.read, None)
+        for rows in rest:
+            self.read += 1
+            yield rows
+
+    def _fill(self) -> None:
+        """As many of the pending rows as there is room for."""
+        if not self.buffer:
+            self.buffer = {name: value.new_empty(self.size, value.shape[1]) for name, value in self.pending.items()}
+        room = self.size - self.filled
+        many = min(room, len(next(iter(self.pending.values()))))
+        for name, value in self.pending.items():
+            self.buffer[name][self.filled : self.filled + many] = value[:many]
+        self.filled += many
+        self.pending = {name: value[many:] for name, value in self.pending.items()}
+
+    def _drawn(self) -> Rows:
+        """Random rows of those that are there, whose places the last ones then take: the end of the buffer is free."""
+        filled, many = self.filled, min(self.batch, self.filled)
         chosen = torch.randperm(filled, generator=self.generator)[:many]
-        found = {name: value[chosen] for name, value in buffer.items()}
+        found = {name: value[chosen] for name, value in self.buffer.items()}
         free = torch.zeros(filled, dtype=torch.bool)
         free[chosen] = True
         holes = free[: filled - many].nonzero().view(-1)
         moved = (~free[filled - many :]).nonzero().view(-1) + filled - many
-        for value in buffer.values():
+        for value in self.buffer.values():
             value[holes] = value[moved]
+        self.filled -= many
         return found

@@ -17,8 +17,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +66,12 @@ def write(
         raise SurgeryError(f"{folder} exists.", hint="Choose another folder, or pass force=True.")
     partial = folder.with_name(f".{folder.name}.partial")
     about = {"kind": "activations", "version": VERSION, "sites": stream.names, "dtype": dtype,
-             "of": identity(stream.models, stream.tokenizer)}  # fmt: skip
+             "difference": stream.difference, "of": identity(stream.models, stream.tokenizer)}  # fmt: skip
     shards: list[dict[str, int]] = _begun(partial, about)
     seen = shards[-1]["batches"] if shards else 0
     held: list[Rows] = []
     many, number = 0, seen
-    for rows in replace(stream, batches=islice(stream.batches, seen, None)):
+    for rows in stream.after(seen):
         held.append(rows)
         many, number = many + len(next(iter(rows.values()))), number + 1
         if many >= shard_rows:

@@ -9,15 +9,16 @@ A recipe's `data` is one of these, or a list of them with shares:
 
     data: {task: chain, transform: corrupt}                    # pairs for DPO: see `surgery.training.transforms`
 
-Files are JSONL, JSON, CSV or Parquet. `prompt`, `completion`, `chosen`, `rejected` and `answer` may be templates over
-the columns; without them columns of these names are taken as they are. All other columns reach the reward functions.
+Files are JSONL, JSON, CSV or Parquet, and .txt, whose rows are pieces of some 4,000 characters as `text`. `prompt`,
+`completion`, `chosen`, `rejected`, `answer` and `text` may be templates over the columns; without them columns of these
+names are taken as they are. All other columns reach the reward functions.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from surgery.tasks import Task
 
 Row = dict[str, Any]
-TEMPLATES = ("prompt", "completion", "chosen", "rejected", "rationale", "answer")
+TEMPLATES = ("prompt", "completion", "chosen", "rejected", "rationale", "answer", "text")
 
 
 class Rows(Protocol):
@@ -184,13 +185,27 @@ def _file_rows(name: str, options: Row, seed: int) -> Rows:
 
             frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
             rows = frame.to_dict("records")
+        elif path.suffix == ".txt":
+            rows = [{"text": piece} for piece in _pieces(path.read_text(encoding="utf-8"))]
         else:
-            raise SurgeryError(f"{path}: expected .jsonl, .json, .csv or .parquet.")
+            raise SurgeryError(f"{path}: expected .jsonl, .json, .csv, .parquet or .txt.")
     except ValueError as error:
         raise SurgeryError(f"{path} can't be read: {error}.") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise SurgeryError(f"{path} is not a list of rows.")
     return ListRows(_filled(rows, options, path.name), path.name)
+
+
+def _pieces(text: str, size: int = 4000) -> Iterator[str]:
+    """A text in pieces that end with a line, each of `size` characters or a line more."""
+    held: list[str] = []
+    for line in text.splitlines(keepends=True):
+        held.append(line)
+        if sum(map(len, held)) >= size:
+            yield "".join(held)
+            held = []
+    if held:
+        yield "".join(held)
 
 
 def _hub_rows(name: str, options: Row, seed: int) -> Rows:

@@ -49,9 +49,9 @@ def plan(recipe: Recipe) -> Plan:
     source = _source(recipe, kinds)
     if recipe.data is None:
         raise SurgeryError("The recipe has no data.", hint="data: {task: chain}")
-    rows = {"main": rows_of(_located(recipe.data, recipe.folder), recipe.seed)}
+    rows = {"main": rows_of(located(recipe.data, recipe.folder), recipe.seed)}
     if recipe.demonstrations is not None:
-        rows["demonstrations"] = rows_of(_located(recipe.demonstrations, recipe.folder), recipe.seed + 1)
+        rows["demonstrations"] = rows_of(located(recipe.demonstrations, recipe.folder), recipe.seed + 1)
     curricula = {kind: made(CURRICULA, recipe.curriculum if kind == "main" else "shuffled") for kind in rows}
     for kind, curriculum in curricula.items():
         curriculum.start(rows[kind], recipe.seed)
@@ -69,7 +69,7 @@ def plan(recipe: Recipe) -> Plan:
     _check(recipe, kinds, source, rows, rewards)
     evaluation = None
     if recipe.evaluate.every:
-        evaluation = rows_of(_located(recipe.evaluate.data or recipe.data, recipe.folder), recipe.seed + HELD_OUT)
+        evaluation = rows_of(located(recipe.evaluate.data or recipe.data, recipe.folder), recipe.seed + HELD_OUT)
     return Plan(objective, source, rows, curricula, rewards, evaluation, _tuning(recipe))
 
 
@@ -86,14 +86,14 @@ def _tuning(recipe: Recipe) -> Tuning | None:
     return tuning
 
 
-def _located(written: Any, folder: Path) -> Any:
+def located(written: Any, folder: Path) -> Any:
     """What `data` says, its files looked up beside the recipe first."""
     if isinstance(written, list):
-        return [_located(entry, folder) for entry in written]
+        return [located(entry, folder) for entry in written]
     if isinstance(written, str) and Path(written).suffix and (folder / written).is_file():
         return str(folder / written)
     if isinstance(written, Mapping) and "file" in written:
-        return {**written, "file": _located(str(written["file"]), folder)}
+        return {**written, "file": located(str(written["file"]), folder)}
     return written
 
 
