@@ -92,13 +92,14 @@ def lora(
     alpha: float | None = None,
     modules: Iterable[str] | None = None,
     seed: int = 0,
+    dropout: float = 0.0,
 ) -> PeftModel:
     """A PEFT LoRA (arXiv:2106.09685) on all projections of attention and MLPs, or those of `modules`; A from `seed`.
 
-    `alpha` None: the rank, so that s = 1. PEFT puts its layers into the model itself. Raises `SurgeryError` for
-    names that are no projections, and for a model that has adapters already.
+    `alpha` None: the rank, so that s = 1. `dropout`: of what A reads, in training. PEFT puts its layers into the model
+    itself. Raises `SurgeryError` for names that are no projections, and for a model that has adapters already.
     """
-    return _adapted(model, projections(model, modules), rank, _alpha(rank, alpha), seed)
+    return _adapted(model, projections(model, modules), rank, _alpha(rank, alpha), seed, dropout)
 
 
 def lora_size(model: nn.Module, rank: int, modules: Iterable[str] | None = None) -> int:
@@ -182,7 +183,9 @@ def _alpha(rank: int, alpha: float | None) -> float:
     return rank if alpha is None else alpha
 
 
-def _adapted(model: PreTrainedModel, chosen: Mapping[str, nn.Module], rank: int, alpha: float, seed: int) -> PeftModel:
+def _adapted(
+    model: PreTrainedModel, chosen: Mapping[str, nn.Module], rank: int, alpha: float, seed: int, dropout: float = 0.0
+) -> PeftModel:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -192,7 +195,7 @@ def _adapted(model: PreTrainedModel, chosen: Mapping[str, nn.Module], rank: int,
         "fan_in_fan_out": all(map(transposed, chosen.values())),
         "lora_alpha": alpha,
     }
-    config = LoraConfig(r=rank, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM", **options)
+    config = LoraConfig(r=rank, lora_dropout=dropout, bias="none", task_type="CAUSAL_LM", **options)
     with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
         torch.manual_seed(seed)
         tuned: Any = get_peft_model(model, config)
