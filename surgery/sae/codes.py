@@ -12,9 +12,9 @@ of dy and D at the chosen places. A number that the ReLU holds at 0 is no code a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
@@ -96,9 +96,22 @@ class Codes:
 
 
 Pre = Callable[[slice], Tensor]
-"""h of some rows, (rows, latents)."""
-Pick = Callable[[Pre, int], Sequence[tuple[Tensor, Layout]]]
-"""Chooses codes, one or more sets: (h of some rows, number of rows) -> values and their layout. It sees h in blocks."""
+"""Scores of some rows, (rows, latents): to be read before the next are asked for, whose place is the same."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pick:
+    """How codes are chosen: by scores, which are h, or h times `scale`.
+
+    With the norms of the decoder's rows as `scale` it is the choice of a dictionary whose decoder rows have norm 1,
+    without projecting them (SAELens' rescale_acts_by_decoder_norm; what is rebuilt is the same, since f / norm times
+    norm is f).
+    """
+
+    choose: Callable[[Pre, int], Sequence[tuple[Tensor, Layout]]]
+    """(scores of some rows, number of rows) -> one set of codes or more: their scores, and their layout."""
+    scale: Tensor | None = None
+    """(latents,) not below 0."""
 
 
 def encode(x: Tensor, weight: Tensor, bias: Tensor, center: Tensor | None, pick: Pick) -> list[Codes]:
@@ -118,9 +131,9 @@ def decode(codes: Codes, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def blocks(rows: int, latents: int) -> list[slice]:
-    """Rows that are encoded at a time."""
+    """Rows that are encoded at a time; of no rows one block without any."""
     step = max(1, BLOCK // latents)
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return [slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step)]
 
 
 class _Encode(torch.autograd.Function):
@@ -128,23 +141,31 @@ class _Encode(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, center: Tensor | None, pick: Pick, layouts: list[Layout]
     ) -> tuple[Tensor, ...]:
-        moved = x if center is None else x - center
-        chosen = pick(lambda rows: torch.addmm(bias, moved[rows], weight.T), len(x))
+        moved, scale = x if center is None else x - center, pick.scale
+        weighed = (weight, bias) if scale is None else (weight * scale[:, None], bias * scale)  # not h: less to write
+        place = x.new_empty(blocks(len(x), len(weight))[0].stop, len(weight))  # one for all blocks
+
+        def scores(rows: slice) -> Tensor:
+            return torch.addmm(weighed[1], moved[rows], weighed[0].T, out=place[: rows.stop - rows.start])
+
+        chosen = pick.choose(scores, len(x))
         layouts += [layout for _, layout in chosen]
         ctx.save_for_backward(moved, weight)
         ctx.layouts, ctx.centered = list(layouts), center is not None
-        return tuple(values for values, _ in chosen)
+        if scale is None:
+            return tuple(found for found, _ in chosen)
+        some = scale.clamp(min=torch.finfo(scale.dtype).tiny)
+        return tuple(found / some[layout.index] for found, layout in chosen)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         moved, weight = ctx.saved_tensors
-        d_weight, d_bias = torch.zeros_like(weight), weight.new_zeros(len(weight))
-        d_x = torch.zeros_like(moved) if ctx.needs_input_grad[0] else None
-        for gradient, layout in zip(gradients, ctx.layouts, strict=True):
-            d_weight += layout.by_latent(gradient, moved)
+        sets = list(zip(ctx.layouts, gradients, strict=True))
+        d_weight = _total(layout.by_latent(gradient, moved) for layout, gradient in sets)
+        d_bias = weight.new_zeros(len(weight))
+        for layout, gradient in sets:
             d_bias.index_add_(0, layout.index, gradient)
-            if d_x is not None:
-                d_x += layout.by_row(gradient, weight)
+        d_x = _total(layout.by_row(gradient, weight) for layout, gradient in sets) if ctx.needs_input_grad[0] else None
         d_center = -(d_bias @ weight) if ctx.centered and ctx.needs_input_grad[3] else None
         return d_x, d_weight, d_bias, d_center, None, None
 
@@ -163,6 +184,10 @@ class _Decode(torch.autograd.Function):
         d_values = ctx.layout.products(back, weight) if ctx.needs_input_grad[0] else None
         d_weight = ctx.layout.by_latent(values, back) if ctx.needs_input_grad[1] else None
         return d_values, d_weight, None
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.Tensor.add_, parts)
 
 
 def _sums(index: Tensor, table: Tensor, starts: Tensor, values: Tensor) -> Tensor:

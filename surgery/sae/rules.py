@@ -125,7 +125,7 @@ class Gated(Rule):
 
             return above(both, rows, of.latents, of.bias.new_zeros(()))
 
-        return choose
+        return Pick(choose)
 
     def _magnitude(self, of: Dictionary, gate: Tensor) -> Tensor:
         return ((gate - of.bias) * of.extra("r_mag").exp() + of.extra("b_mag")).relu()
@@ -211,22 +211,23 @@ class TopK(Rule):
 
     def train(self, of: Dictionary, x: Tensor, target: Tensor, dead: Tensor | None, warm: float) -> Trained:
         many = 0 if dead is None or not self.aux else int(dead.sum())
-        half = of.d_out // 2
+        half = max(1, of.d_out // 2)
         aside = Dead(dead, min(half, many)) if many and dead is not None else None
-        main, *rest = encode(x, of.encoder, of.bias, of.centered, self.chosen(of, aside))
+        pick = self.chosen(of, aside)
+        main, *rest = encode(x, of.encoder, of.bias, of.centered, pick)
         output = of.from_codes(main, x)
         terms = {}
         if rest:
             left = (target - output).detach()
             terms["aux"] = self.aux * min(1.0, many / half) * squared(decode(rest[0], of.decoder) - left)
-        return Trained(output, main.layout.fired, terms | self.more(of, main, x, target))
+        return Trained(output, main.layout.fired, terms | self.more(of, main, x, target, pick.scale))
 
     def chosen(self, of: Dictionary, aside: Dead | None) -> Pick:
         """How codes are chosen in training."""
         return settings(top_k, of.latents, k=self.k, scale=self.scale(of), dead=aside)
 
-    def more(self, of: Dictionary, codes: Codes, x: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """More terms."""
+    def more(self, of: Dictionary, codes: Codes, x: Tensor, target: Tensor, scale: Tensor | None) -> dict[str, Tensor]:
+        """More terms; `scale` is what the choice weighed by."""
         return {}
 
     def scale(self, of: Dictionary) -> Tensor | None:
@@ -255,9 +256,8 @@ class BatchTopK(TopK):
         return settings(batch_top_k, of.latents, k=self.k, scale=self.scale(of), dead=aside)
 
     @torch.no_grad()
-    def more(self, of: Dictionary, codes: Codes, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def more(self, of: Dictionary, codes: Codes, x: Tensor, target: Tensor, scale: Tensor | None) -> dict[str, Tensor]:
         if len(codes.values):
-            scale = self.scale(of)
             weighed = codes.values if scale is None else codes.values * scale[codes.layout.index]
             of.extra("threshold").lerp_(weighed.min().double(), self.rate)
         return {}
@@ -283,8 +283,8 @@ class Matryoshka(BatchTopK):
         if list(self.widths) != sorted({w for w in self.widths if 0 < w < latents}):
             raise SurgeryError(f"Widths grow, and are below the {latents:,} latents: found {list(self.widths)}.")
 
-    def more(self, of: Dictionary, codes: Codes, x: Tensor, target: Tensor) -> dict[str, Tensor]:
-        super().more(of, codes, x, target)
+    def more(self, of: Dictionary, codes: Codes, x: Tensor, target: Tensor, scale: Tensor | None) -> dict[str, Tensor]:
+        super().more(of, codes, x, target, scale)
         return {
             f"the first {width}": squared(of.from_codes(codes.only(codes.layout.index < width), x) - target)
             for width in self.widths

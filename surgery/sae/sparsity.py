@@ -1,23 +1,25 @@
 """Which latents a row may use: the k largest of each row, k on average over the batch, or all above a threshold.
 
-Each is a `codes.Pick` once its settings are given. `scale` (latents,) weighs pre-activations for the choice alone: with
-the norms of the decoder's rows it is the choice of a dictionary whose decoder rows have norm 1, without projecting them
-(SAELens' rescale_acts_by_decoder_norm; reconstructions are the same, since f / norm times norm is f).
+Each is a `codes.Pick` once its settings are given (`settings`). What they compare are scores: pre-activations, weighed
+where the pick has a scale; a latent is used where its score is above 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from surgery.sae.codes import Layout, Pre, blocks
+from surgery.sae.codes import Layout, Pick, Pre, blocks
 
 Chosen = list[tuple[Tensor, Layout]]
 SPARE = 2
 """How many times the wanted number of codes a choice over the batch looks at, as foretold by its first rows."""
+FEW = 1 << 19
+"""Numbers of the first rows that foretell it."""
 
 
 @dataclass(frozen=True)
@@ -31,50 +33,48 @@ class Dead:
     """(latents,) True for the dead."""
     k: int
 
-    def of(self, h: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Values and latents, (rows, k); at most as many as there are dead ones."""
+    def of(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and latents, (rows, k); at most as many as there are dead ones."""
         numbers = self.mask.nonzero().view(-1)
-        mine = None if scale is None else scale[numbers]
-        values, at = _top(h[:, numbers], min(self.k, len(numbers)), mine)
+        values, at = largest(h[:, numbers], min(self.k, len(numbers)))
         return values, numbers[at]
 
 
-def top_k(pre: Pre, rows: int, latents: int, k: int, scale: Tensor | None = None, dead: Dead | None = None) -> Chosen:
+def top_k(pre: Pre, rows: int, latents: int, k: int, dead: Dead | None = None) -> Chosen:
     """The k largest of each row, those of them that are positive (arXiv:2406.04093)."""
     found: list[list[tuple[Tensor, Tensor]]] = []
     for part in blocks(rows, latents):
         h = pre(part)
-        found.append([_top(h, k, scale), *([dead.of(h, scale)] if dead is not None else [])])
+        found.append([largest(h, k), *([dead.of(h)] if dead is not None else [])])
     pairs = [(torch.cat([v for v, _ in each]), torch.cat([i for _, i in each])) for each in zip(*found, strict=True)]
     values, index = pairs[0]
     used = values > 0
     return [(values[used], Layout.of(used, index, latents)), *(_all(v, i, latents) for v, i in pairs[1:])]
 
 
-def batch_top_k(
-    pre: Pre, rows: int, latents: int, k: float, scale: Tensor | None = None, dead: Dead | None = None
-) -> Chosen:
+def batch_top_k(pre: Pre, rows: int, latents: int, k: float, dead: Dead | None = None) -> Chosen:
     """The k x rows largest positive ones of the batch (BatchTopK, arXiv:2412.06410); of equal ones the first.
 
     The first rows foretell a bound, only what lies above it is kept, and where that was too little all are looked at.
     """
     wanted = round(k * rows)
     parts, bound, aside = blocks(rows, latents), None, []
-    kept: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
     for part in parts:
         h = pre(part)
         if bound is None:
-            bound = _foretold(_weighed(h, scale), round(SPARE * k * len(h)))
-        kept.append(_above(h, bound, scale))
+            first = h[: max(1, FEW // latents)]
+            bound = _foretold(first, round(SPARE * k * len(first)))
+        kept.append(_above(h, bound))
         if dead is not None:
-            aside.append(dead.of(h, scale))
+            aside.append(dead.of(h))
     if sum(len(one[0]) for one in kept) < wanted and float(bound) > 0:  # type: ignore[arg-type]
-        kept = [_above(pre(part), torch.zeros_like(bound), scale) for part in parts]  # type: ignore[arg-type]
-    values, scores, index, counts = (torch.cat([one[i] for one in kept]) for i in range(4))
+        kept = [_above(pre(part), torch.zeros_like(bound)) for part in parts]  # type: ignore[arg-type]
+    values, index, counts = (torch.cat([one[i] for one in kept]) for i in range(3))
     if len(values) > wanted:
-        threshold = scores.kthvalue(len(scores) - wanted + 1).values
-        chosen = scores > threshold
-        equal = (scores == threshold).nonzero().view(-1)
+        threshold = values.kthvalue(len(values) - wanted + 1).values
+        chosen = values > threshold
+        equal = (values == threshold).nonzero().view(-1)
         chosen[equal[: wanted - int(chosen.sum())]] = True
         owners = torch.arange(rows, device=values.device).repeat_interleave(counts)
         values, index, counts = values[chosen], index[chosen], torch.bincount(owners[chosen], minlength=rows)
@@ -84,44 +84,50 @@ def batch_top_k(
     return found
 
 
-def above(pre: Pre, rows: int, latents: int, threshold: Tensor, scale: Tensor | None = None) -> Chosen:
+def above(pre: Pre, rows: int, latents: int, threshold: Tensor) -> Chosen:
     """All that are positive and above their threshold, () or (latents,): BatchTopK and JumpReLU after training."""
-    parts = [_above(pre(part), threshold, scale) for part in blocks(rows, latents)]
-    values, _, index, counts = (torch.cat([one[i] for one in parts]) for i in range(4))
+    bound = threshold.clamp(min=0)
+    parts = [_above(pre(part), bound) for part in blocks(rows, latents)]
+    values, index, counts = (torch.cat([one[i] for one in parts]) for i in range(3))
     return [(values, _layout(index, counts, latents))]
 
 
-def settings(rule: Callable[..., Chosen], latents: int, **chosen: object) -> Callable[[Pre, int], Chosen]:
+def settings(rule: Callable[..., Chosen], latents: int, *, scale: Tensor | None = None, **chosen: object) -> Pick:
     """A rule as a `Pick`."""
-    return lambda pre, rows: rule(pre, rows, latents, **chosen)
+    return Pick(lambda pre, rows: rule(pre, rows, latents, **chosen), scale)
 
 
-def _top(h: Tensor, k: int, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    if scale is None:
-        values, index = h.topk(k, sorted=False)
-        return values, index
-    index = (h * scale).topk(k, sorted=False).indices
-    return h.gather(1, index), index
+def largest(h: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and places of the k largest of each row, (rows, k), in any order.
 
-
-def _weighed(h: Tensor, scale: Tensor | None) -> Tensor:
-    return h if scale is None else h * scale
+    Looked for where they can be: in the k groups of numbers whose maxima are the largest. Groups are about
+    sqrt(latents / k) large, so that there are as many groups as numbers in those k of them.
+    """
+    size = 1 << round(math.log2(h.shape[1] / k) / 2)
+    groups = h.shape[1] // size
+    if size < 4:
+        return h.topk(k, sorted=False)
+    whole = size * groups
+    best = h[:, :whole].unflatten(1, (size, groups)).amax(1).topk(k, sorted=False).indices
+    steps = torch.arange(0, whole, groups, device=h.device)
+    rest = torch.arange(whole, h.shape[1], device=h.device)  # fewer than a group: among those that are looked at
+    places = torch.cat([(best[:, None] + steps[:, None]).flatten(1), rest.expand(len(h), -1)], 1)
+    values, at = h.gather(1, places).topk(k, sorted=False)
+    return values, places.gather(1, at)
 
 
 def _foretold(scores: Tensor, wanted: int) -> Tensor:
     """A bound that about `wanted` of the scores lie above, never below 0."""
     flat = scores.reshape(-1)
-    return flat.kthvalue(max(1, flat.numel() - wanted)).values.clamp(min=0)
+    if wanted >= len(flat):
+        return flat.new_zeros(())
+    return flat.kthvalue(len(flat) - wanted).values.clamp(min=0)
 
 
-def _above(h: Tensor, bound: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of positive numbers whose score is above: value, score, latent, and how many there are in each row."""
-    scores = _weighed(h, scale)
-    places = (scores > bound).view(-1).nonzero().view(-1)  # the bound is not below 0, nor are scales
-    index = places % h.shape[1]
-    values = h.reshape(-1)[places]
-    counts = torch.bincount(places // h.shape[1], minlength=len(h))
-    return values, values if scale is None else values * scale[index], index, counts
+def _above(h: Tensor, bound: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of numbers above a bound that is not below 0: the number, its latent, and how many there are in each row."""
+    places = (h > bound).view(-1).nonzero().view(-1)
+    return h.reshape(-1)[places], places % h.shape[1], torch.bincount(places // h.shape[1], minlength=len(h))
 
 
 def _all(values: Tensor, index: Tensor, latents: int) -> tuple[Tensor, Layout]:

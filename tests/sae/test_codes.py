@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from surgery.sae import codes as sparse
 from surgery.sae.codes import decode, encode
-from surgery.sae.sparsity import Dead, above, batch_top_k, top_k
+from surgery.sae.sparsity import Dead, above, batch_top_k, largest, top_k
 from surgery.sae.sparsity import settings as rule
 
 ROWS, D, LATENTS = 64, 24, 300
@@ -84,7 +84,7 @@ def test_dead_latents_are_chosen_beside_and_have_gradients(chosen):
     second[:, dead] = h[:, dead]
     index = second.topk(2).indices
     g = torch.zeros_like(h).scatter(1, index, h.gather(1, index))  # of either sign
-    assert float(g.min()) < 0
+    assert float(g.detach().min()) < 0
     torch.testing.assert_close(aside.dense(), g)
     assert set(aside.layout.index.tolist()) <= {3, 50, 51, 299}
     f = (dense_top_k if chosen is top_k else dense_batch_top_k)(h, 5)
@@ -122,11 +122,36 @@ def test_a_choice_over_the_batch_is_exact_whatever_the_first_rows_foretell(seed,
     torch.testing.assert_close(sparse.Codes(values, layout).dense(), expected, rtol=0, atol=0)
 
 
+@given(st.integers(0, 2**31), st.integers(1, 700), st.integers(1, 20), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_the_largest_are_found_by_groups(seed, width, k, ties):
+    """Groups that are whole, or leave a rest; numbers all apart, or of few different values."""
+    h = torch.randn(5, width, generator=torch.Generator().manual_seed(seed))
+    h = h.round() if ties else h
+    values, places = largest(h, min(k, width))
+    assert torch.equal(values.sort(1).values, h.topk(min(k, width)).values.flip(1)) and torch.equal(
+        values, h.gather(1, places)
+    )
+    assert all(len(set(row)) == len(row) for row in places.tolist())
+
+
+@pytest.mark.parametrize("chosen", [top_k, batch_top_k])
+def test_latents_without_a_norm_are_not_chosen_and_no_rows_have_no_codes(chosen):
+    mine, scale = parameters(), torch.rand(LATENTS, dtype=torch.float64)
+    scale[:250] = 0
+    dead = torch.zeros(LATENTS, dtype=torch.bool)
+    dead[200:260] = True
+    main, aside = encode(batch(), *mine[:3], rule(chosen, LATENTS, k=4, scale=scale, dead=Dead(dead, 30)))
+    assert int(main.layout.index.min()) >= 250 and bool(aside.values.isfinite().all())
+    (none,) = encode(batch()[:0], *mine[:3], rule(chosen, LATENTS, k=4, scale=scale))
+    assert len(none.values) == 0 and len(none.layout) == 0
+
+
 def test_above_a_threshold():
     h = torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
-    for threshold in (torch.tensor(0.5), torch.linspace(0, 1, 40)):
+    for threshold in (torch.tensor(0.5), torch.tensor(-1.0), torch.linspace(-1, 1, 40)):
         ((values, layout),) = above(lambda rows: h[rows], 50, 40, threshold)
-        assert torch.equal(sparse.Codes(values, layout).dense(), torch.where(h > threshold, h, 0.0))
+        assert torch.equal(sparse.Codes(values, layout).dense(), torch.where(h > threshold, h, 0.0).relu())
 
 
 def test_what_codes_say_of_themselves():
