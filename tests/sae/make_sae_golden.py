@@ -3,6 +3,7 @@
     python tests/sae/make_sae_golden.py make saelens sparsify dictionary_learning
     PYTHONPATH=FORK python tests/sae/make_sae_golden.py make crosscoder
     python tests/sae/make_sae_golden.py run FAMILY FOLDER...     # what it computes of x.safetensors in each folder
+    python tests/sae/make_sae_golden.py steps FILE               # steps of SAELens's trainer: golden/steps.safetensors
 
 To be run where sae-lens 6.54.12, eai-sparsify 1.3.3 and dictionary-learning 0.1.0 are installed (their pins and ours
 exclude each other), FORK being science-of-finetuning/dictionary_learning. nnsight need not be there.
@@ -265,7 +266,69 @@ def make(family: str) -> None:
         save_file({"x": x, "f": f.detach().contiguous(), "y": y.detach().contiguous()}, folder / "expected.safetensors")
 
 
+# ---- how SAELens trains
+
+STEPS, BATCH = 4, 48
+
+
+def trainings() -> dict[str, Any]:
+    import sae_lens as s
+
+    size = {"d_in": D, "d_sae": LATENTS}
+    topk, batch = (s.TopKTrainingSAE, s.TopKTrainingSAEConfig), (s.BatchTopKTrainingSAE, s.BatchTopKTrainingSAEConfig)
+    nested = (s.MatryoshkaBatchTopKTrainingSAE, s.MatryoshkaBatchTopKTrainingSAEConfig)
+    jump = {"jumprelu_init_threshold": 0.1, "jumprelu_bandwidth": 0.2, "l0_coefficient": 0.05}
+    made: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+        "topk": (*topk, {"k": 4}),
+        "topk-plain": (*topk, {"k": 4, "rescale_acts_by_decoder_norm": False}),
+        "topk-dead": (*topk, {"k": 1, "aux_loss_coefficient": 0.5}),
+        "batchtopk": (*batch, {"k": 3.0}),
+        "batchtopk-dead": (*batch, {"k": 0.5}),
+        "matryoshka": (*nested, {"k": 3.0, "matryoshka_widths": [5, 11, LATENTS]}),
+        "standard": (s.StandardTrainingSAE, s.StandardTrainingSAEConfig, {"l1_coefficient": 0.3}),
+        "gated": (s.GatedTrainingSAE, s.GatedTrainingSAEConfig, {"l1_coefficient": 0.3}),
+        "jumprelu": (s.JumpReLUTrainingSAE, s.JumpReLUTrainingSAEConfig, jump),
+    }
+    return {name: kind(config(**size, **more)) for name, (kind, config, more) in made.items()}
+
+
+def steps(file: Path) -> None:
+    """Weights at the beginning, the first step's clipped gradients, weights after it and at the end, and losses."""
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    batches = torch.randn(STEPS, BATCH, D, generator=torch.Generator().manual_seed(7))
+    found = {"rows": batches}
+    for name, sae in trainings().items():
+        filled(sae, 6)
+        config = SAETrainerConfig(
+            total_training_samples=STEPS * BATCH, train_batch_size_samples=BATCH, lr=3e-4, lr_end=3e-4,
+            dead_feature_window=1 if name.endswith("dead") else 1000,
+        )  # fmt: skip
+        trainer, losses = SAETrainer(config, sae, iter([])), []
+
+        def keep(when: str, name: str = name, sae: Any = sae) -> None:
+            for key, tensor in (sae.state_dict()).items():
+                found[f"{name}/{when}/{key}"] = tensor.detach().clone()
+
+        keep("begin")
+        for step, rows in enumerate(batches):
+            with torch.enable_grad():
+                losses.append(trainer.step(rows).loss.detach())
+            trainer.n_training_steps += 1
+            if step == 0:
+                keep("first")
+                for key, parameter in sae.named_parameters():
+                    found[f"{name}/gradient/{key}"] = trainer.optimizer.state[parameter]["exp_avg"] / 0.1
+        keep("last")
+        found[f"{name}/losses"] = torch.stack(losses)
+    save_file({key: tensor.contiguous() for key, tensor in found.items()}, file)
+
+
 def main(what: str, *names: str) -> None:
+    if what == "steps":
+        steps(Path(names[0]))
+        return
     if what == "make":
         for family in names:
             make(family)
