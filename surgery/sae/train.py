@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from surgery.errors import SurgeryError
 from surgery.sae.activations import Rows
 from surgery.sae.dictionary import Dictionary
 from surgery.sae.rules import squared
+from surgery.training.distributed import World
 from surgery.training.schedules import learning_rate
 
 FIRST = 16
@@ -71,41 +73,127 @@ def fit(
     Raises `SurgeryError` for batches that are fewer, without a site, of another width, all 0, or not finite, and for a
     loss that is not finite.
     """
-    optimizers = {name: _begun(entry) for name, entry in entries.items()}
-    stream = _scaled(entries, iter(batches))
-    for step in range(steps):
-        rows = next(stream, None)
-        if rows is None:
-            raise SurgeryError(
-                f"The activations ended after {step} of {steps} steps.", hint="Read more text, or again."
-            )
-        lines = {name: _step(name, entry, optimizers[name], rows, step, steps) for name, entry in entries.items()}
-        if on_step is not None:
-            on_step(step + 1, lines)
-    for entry in entries.values():
-        entry.dictionary.fold(*entry.scale)
-        entry.scale = (1.0, 1.0)
+    Fitting(entries, steps).run(batches, on_step)
     return entries
+
+
+class Fitting:
+    """Training of several dictionaries, which can be kept between two steps and taken up again bit for bit.
+
+    Of many processes each trains some of the dictionaries, on the same batches: the results are those of one process.
+    """
+
+    def __init__(self, entries: Mapping[str, Entry], steps: int, world: World | None = None) -> None:
+        self.entries, self.steps, self.world = entries, steps, world or World()
+        self.step = 0
+        self.ahead: list[Rows] = []
+        """Batches that the scale was estimated on and that are not trained on yet."""
+        self.optimizers = {name: _begun(entry) for name, entry in entries.items()}
+        names = list(entries)
+        self.mine = [names[i] for i in range(self.world.rank, len(names), self.world.size)]
+
+    def run(self, batches: Iterable[Rows], on_step: OnStep | None = None) -> None:
+        """The steps that are left, on `batches` from there on; then scales are folded."""
+        stream = iter(batches)
+        if not self.step:
+            self.ahead = list(islice(stream, FIRST))
+            if self.ahead:
+                _scale(self.entries, self.ahead)
+        while self.step < self.steps:
+            rows = self.ahead.pop(0) if self.ahead else next(stream, None)
+            if rows is None:
+                raise SurgeryError(f"The activations ended after {self.step} of {self.steps} steps.",
+                                   hint="Read more text, or again.")  # fmt: skip
+            lines = self._all(rows)
+            self.step += 1
+            if on_step is not None:
+                on_step(self.step, lines)
+        self.gather()
+        for entry in self.entries.values():
+            entry.dictionary.fold(*entry.scale)
+            entry.scale = (1.0, 1.0)
+
+    def _all(self, rows: Rows) -> dict[str, dict[str, float]]:
+        """One step of every dictionary."""
+
+        def work() -> dict[str, dict[str, float]]:
+            return {name: _step(name, self.entries[name], self.optimizers[name], rows, self.step, self.steps)
+                    for name in self.mine}  # fmt: skip
+
+        found = {name: line for part in self.world.together(work) for name, line in part.items()}
+        return {name: found[name] for name in self.entries}
+
+    def gather(self) -> None:
+        """Brings every dictionary, as it now is, to every process."""
+        if self.world.size == 1:
+            return
+        for part in self.world.gather({name: self._state(name) for name in self.mine}):
+            for name, tensors in part.items():
+                self._restore(name, tensors)
+
+    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """By dictionary its tensors (weights, moments, use), under "ahead" the batches; and the plain numbers."""
+        self.gather()
+        tensors = {name: self._state(name) for name in self.entries}
+        tensors[AHEAD] = {f"{i}.{site}": rows for i, each in enumerate(self.ahead) for site, rows in each.items()}
+        scales = {name: list(entry.scale) for name, entry in self.entries.items()}
+        return tensors, {"step": self.step, "ahead": len(self.ahead), "scales": scales}
+
+    def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], numbers: Mapping[str, Any]) -> None:
+        """Takes up a state of the same entries. Raises `SurgeryError` where shapes are others."""
+        for name, entry in self.entries.items():
+            self._restore(name, tensors[name])
+            entry.scale = tuple(numbers["scales"][name])
+        self.step = numbers["step"]
+        self.ahead = [{} for _ in range(numbers["ahead"])]
+        for key, value in tensors.get(AHEAD, {}).items():
+            which, _, site = key.partition(".")
+            self.ahead[int(which)][site] = value
+
+    def _state(self, name: str) -> dict[str, Tensor]:
+        entry, optimizer = self.entries[name], self.optimizers[name]
+        found = {f"weights.{key}": value for key, value in entry.dictionary.state_dict().items()}
+        for key, parameter in entry.dictionary.named_parameters():
+            for moment, value in optimizer.state.get(parameter, {}).items():
+                found[f"{moment}.{key}"] = value
+        return {key: value.detach().cpu().clone() for key, value in (found | {"unused": entry.unused}).items()}
+
+    def _restore(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        entry, optimizer = self.entries[name], self.optimizers[name]
+        weights = {key.removeprefix("weights."): v for key, v in tensors.items() if key.startswith("weights.")}
+        there = entry.dictionary.state_dict()
+        if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in there.items()}:
+            raise SurgeryError(f"What was kept of '{name}' is of a dictionary of another shape.",
+                               hint="Begin again in another folder.")  # fmt: skip
+        entry.dictionary.load_state_dict(weights)
+        entry.unused = tensors["unused"].to(entry.unused.device)
+        for key, parameter in entry.dictionary.named_parameters():
+            moments = {m: v for m, _, k in (t.partition(".") for t in tensors) if k == key and m != "weights"
+                       for v in [tensors[f"{m}.{key}"]]}  # fmt: skip
+            if moments:
+                optimizer.state[parameter] = {
+                    m: v.clone() if m == "step" else v.to(parameter.device).clone() for m, v in moments.items()
+                }
+
+
+AHEAD = "ahead"
+
+
+def _scale(entries: Mapping[str, Entry], first: list[Rows]) -> None:
+    """Tells the scale of every entry by the first batches."""
+    for name, entry in entries.items():
+        both = (entry.site, entry.target or entry.site)
+        for site in both:
+            if site not in first[0]:
+                raise SurgeryError(f"'{name}' reads '{site}', and the activations are of {', '.join(first[0])}.")
+        if entry.settings.normalise:
+            entry.scale = tuple(_factor(name, site, [rows[site] for rows in first]) for site in both)  # type: ignore[assignment]
 
 
 def _begun(entry: Entry) -> torch.optim.Optimizer:
     entry.unused = torch.zeros(entry.dictionary.latents, dtype=torch.long, device=entry.dictionary.bias.device)
     settings = entry.settings
     return torch.optim.Adam(entry.dictionary.parameters(), lr=settings.lr, betas=settings.betas, fused=True)
-
-
-def _scaled(entries: Mapping[str, Entry], batches: Iterator[Rows]) -> Iterator[Rows]:
-    """The batches again, when the first of them have told the scale of every entry."""
-    first = list(islice(batches, FIRST))
-    for name, entry in entries.items():
-        for site in {entry.site, entry.target or entry.site}:
-            if first and site not in first[0]:
-                raise SurgeryError(f"'{name}' reads '{site}', and the activations are of {', '.join(first[0])}.")
-        if entry.settings.normalise and first:
-            both = (entry.site, entry.target or entry.site)
-            entry.scale = tuple(_factor(name, site, [rows[site] for rows in first]) for site in both)  # type: ignore[assignment]
-    yield from first
-    yield from batches
 
 
 def _factor(name: str, site: str, rows: list[Tensor]) -> float:

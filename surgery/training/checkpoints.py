@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from surgery.checkpoint.disk import reason, renamed
 from surgery.errors import SurgeryError
 from surgery.training import distributed
 from surgery.training.moving import parts_of, sparse_part
@@ -121,12 +122,12 @@ def _written(trainer: Trainer, folder: Path, files: Iterator[tuple[str, Callable
                 temporary.mkdir(parents=True, exist_ok=True)
                 write(temporary / name)
             except (OSError, SafetensorError) as error:
-                problem = _reason(error)
+                problem = reason(error)
     if trainer.world.main and problem is None:
         try:
-            _rename(temporary, folder)
+            renamed(temporary, folder)
         except OSError as error:
-            problem = _reason(error)
+            problem = reason(error)
     if trainer.world.main and problem is not None:
         shutil.rmtree(temporary, ignore_errors=True)
     return trainer.world.gather(problem)[0]
@@ -222,10 +223,10 @@ def finish(trainer: Trainer) -> None:
             _save_model(model, temporary, state)
             trainer.tokenizer.save_pretrained(temporary)
             shutil.rmtree(out / "model", ignore_errors=True)
-            _rename(temporary, out / "model")
+            renamed(temporary, out / "model")
         except (OSError, SafetensorError, SurgeryError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            problem = _reason(error)
+            problem = reason(error)
         else:
             for old in _found(out):
                 shutil.rmtree(old, ignore_errors=True)
@@ -273,26 +274,6 @@ def _save_json(state: dict[str, Any], path: Path) -> None:
             f"The state of the run can't be written as JSON ({error}).",
             hint="Columns of the data and states of plug-ins are texts, numbers, lists and dictionaries of these.",
         ) from error
-
-
-def _rename(temporary: Path, folder: Path) -> None:
-    """Brings a folder to the disk, then gives it its name: a power cut leaves all of it or none."""
-    for path in (*temporary.rglob("*"), temporary):
-        _sync(path)
-    os.replace(temporary, folder)
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
 
 
 # ---- parameters and moments by name, whole

@@ -24,8 +24,11 @@ PANELS: list[tuple[str, tuple[str, ...]]] = [
     ("accuracy, held out", ("eval/accuracy",)),
     ("-log likelihood, nats a token", ("nll", "eval/nll")),
     ("reward", ("reward", "reward/*")),
-    ("loss", ("loss",)),
-    ("gradient norm", ("grad_norm",)),
+    ("loss", ("loss", "loss/*")),
+    ("unexplained variance", ("fvu", "fvu/*")),
+    ("codes a row", ("l0", "l0/*")),
+    ("share of latents dead", ("dead", "dead/*")),
+    ("gradient norm", ("grad_norm", "grad_norm/*")),
     ("completion length, tokens", ("length",)),
     ("entropy, nats a token", ("entropy",)),
     ("KL to the reference, nats a token", ("kl",)),
@@ -138,7 +141,7 @@ def series(run: Metrics, patterns: Sequence[str]) -> dict[str, list[tuple[float,
     names = dict.fromkeys(name for line in run for name in line)
     fitting = [n for p in patterns for n in names if n == p or (p.endswith("*") and n.startswith(p[:-1]))]
     points = {n: [(line["step"], line[n]) for line in run if n in line and math.isfinite(line[n])] for n in fitting}
-    found = {WORDS.get(n, n.removeprefix("reward/").replace("_", " ")): each for n, each in points.items() if each}
+    found = {WORDS.get(n, (n.partition("/")[2] or n).replace("_", " ")): each for n, each in points.items() if each}
     if len(found) == 2 and "total" in found and len({tuple(each) for each in found.values()}) == 1:
         found.pop("total")
     return found

@@ -30,6 +30,13 @@ PACE = 20
 ROWS: list[tuple[str, str, str]] = [
     ("loss", "loss", ".4g"),
     ("grad_norm", "grad norm", ".3g"),
+    ("loss/*", "loss: {}", ".4g"),
+    ("fvu", "unexplained variance", ".1%"),
+    ("fvu/*", "unexplained: {}", ".1%"),
+    ("l0", "codes a row", ".1f"),
+    ("l0/*", "codes a row: {}", ".1f"),
+    ("dead", "dead latents", ".1%"),
+    ("dead/*", "dead latents: {}", ".1%"),
     ("nll", "-log p of a token", ".4g"),
     ("reward", "reward", ".3f"),
     ("reward/*", "  {}", ".3f"),

@@ -184,8 +184,11 @@ def checked(kind: type[Kind], words: Mapping[str, Any]) -> Kind:
 
 
 def _told(kind: type[BaseModel], error: ValidationError) -> str:
-    first = error.errors()[0]
+    each = error.errors()
+    first = next((e for e in each if e["type"] == "extra_forbidden"), each[0])  # a mistyped key is missing as well
     where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"The recipe needs the key '{where}'."
     if first["type"] == "extra_forbidden":
         part: Any = kind
         for name in first["loc"][:-1]:
@@ -224,7 +227,7 @@ def packaged() -> dict[str, Recipe]:
     return {file.stem: load(file) for file in sorted(PACKAGED.glob("*.yaml"))}
 
 
-def as_words(recipe: Recipe) -> dict[str, Any]:
+def as_words(recipe: BaseModel) -> dict[str, Any]:
     """The recipe as plain JSON: objects that Python put in are named by what they are."""
     import json
 

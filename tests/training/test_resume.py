@@ -93,7 +93,7 @@ def test_a_kill_at_any_moment_changes_nothing(tmp_path):
     assert again == lines
 
 
-@pytest.mark.parametrize("moment", ["_save", "_save_json", "_rename"])
+@pytest.mark.parametrize("moment", ["_save", "_save_json", "renamed"])
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_a_kill_while_a_checkpoint_is_written_changes_nothing(moment, before, tmp_path):
     expected, lines = run(tmp_path / "straight", SFT)
@@ -115,7 +115,7 @@ def test_a_kill_while_a_checkpoint_is_written_changes_nothing(moment, before, tm
     out = tmp_path / "killed"
     assert killed(out, SFT, prepare=prepare) == -signal.SIGKILL
     assert (out / "checkpoint-000003").exists()
-    whole = moment == "_rename" and not before
+    whole = moment == "renamed" and not before
     assert (out / "checkpoint-000006").exists() == whole
     assert bool(list(out.glob(".checkpoint.*"))) != whole
     found, again = run(out, SFT, resume=True)

@@ -1,15 +1,16 @@
-"""Dictionaries in the files of other packages, in and out.
+"""Dictionaries in files: our own, and those of other packages, in and out.
 
     dictionary, metadata = load("folder")                      # whichever format it is of
-    save(dictionary, "folder", "saelens", metadata={"hook_name": "blocks.6.hook_resid_post"})
+    save(dictionary, "folder", metadata={"site": "resid_post.6"})      # format="saelens", ...
 
 | format | what it holds | file |
 |---|---|---|
+| surgery | every dictionary, bit for bit, with its settings for training | own.py |
 | saelens | standard, gated, topk, jumprelu, transcoders; batchtopk and matryoshka as jumprelu | saelens.py |
 | sparsify | topk: autoencoders, transcoders of one width, skips | sparsify.py |
 | dictionary_learning | all autoencoders (pickles), crosscoders | dictionary_learning.py |
 
-What is kept is what a dictionary computes after training: its settings for training (penalties, rates) are not.
+What the others keep is what a dictionary computes after training: its settings for training (penalties, rates) are not.
 Numbers are kept bit for bit, but for what a format has no place for and is put into others: the files say which, and
 parts.py how. 16-bit numbers become float32, which is exact. Codes and reconstructions of the packages themselves are
 the same to float rounding: sums are taken in another order. Of two pre-activations that are equal to rounding either
@@ -23,7 +24,7 @@ from typing import Any
 
 from surgery.errors import SurgeryError
 from surgery.sae.dictionary import Dictionary
-from surgery.sae.formats import dictionary_learning, saelens, sparsify  # noqa: F401 (they register themselves)
+from surgery.sae.formats import dictionary_learning, own, saelens, sparsify  # noqa: F401 (they register themselves)
 from surgery.sae.formats.files import FORMATS, Format, write_folder
 from surgery.sae.formats.parts import Parts
 
@@ -50,7 +51,7 @@ def load(path: str | Path, format: str | None = None, *, allow_pickle: bool = Fa
 def save(
     dictionary: Dictionary,
     path: str | Path,
-    format: str = "saelens",
+    format: str = "surgery",
     *,
     metadata: dict[str, Any] | None = None,
     force: bool = False,

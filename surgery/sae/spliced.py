@@ -1,0 +1,161 @@
+"""What a model loses when a dictionary's reconstructions stand in for its activations: CE and KL recovered.
+
+    CE recovered = (CE_ablated - CE_dictionary) / (CE_ablated - CE)      KL recovered = 1 - KL_dictionary / KL_ablated
+
+The ablation is part of the number: with zeros in place of the activations the loss is far higher than with their mean,
+and so is what counts as recovered. Both are given. Tokens that do not count (the first, padding) are left as they are,
+and predictions at them are not looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.activations import edit
+from surgery.activations.interventions import unwrapped
+from surgery.errors import SurgeryError
+from surgery.models import Batch, as_batch, untouched
+from surgery.sae.activations import Stream
+from surgery.sae.dictionary import Dictionary
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Of one model, over the tokens that count; nats a token."""
+
+    ablation: str
+    """What stands in for the activations in the worst case: "zero" or "mean"."""
+    tokens: int
+    ce: float
+    """Of the model as it is."""
+    ce_dictionary: float
+    ce_ablated: float
+    kl_dictionary: float
+    """Of the spliced model's predictions from the model's."""
+    kl_ablated: float
+
+    @property
+    def ce_recovered(self) -> float:
+        """1: nothing is lost; 0: as bad as the ablation. NaN where the ablation loses nothing."""
+        lost = self.ce_ablated - self.ce
+        return (self.ce_ablated - self.ce_dictionary) / lost if lost else math.nan
+
+    @property
+    def kl_recovered(self) -> float:
+        """The same of KL, which is 0 for the model itself."""
+        return 1 - self.kl_dictionary / self.kl_ablated if self.kl_ablated else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it."""
+        return vars(self) | {"ce_recovered": self.ce_recovered, "kl_recovered": self.kl_recovered}
+
+
+def loss_recovered(
+    stream: Stream,
+    dictionary: Dictionary,
+    site: str | None = None,
+    target: str | None = None,
+    *,
+    ablation: str = "zero",
+) -> list[Loss]:
+    """One `Loss` for each model of `stream`, whose `site` the dictionary reads, and whose `target` it gives.
+
+    A difference dictionary's output is added to the first model's activations and stands in the second model: there is
+    one `Loss`, of that one. `ablation="mean"` takes the mean of what is rebuilt over the stream's tokens, which is read
+    twice then. Raises `SurgeryError` for streams without a prediction to score.
+    """
+    site = site or stream.names[0]
+    target = target or site
+    sums: dict[int, _Sums] = {}
+    if ablation not in ("zero", "mean"):
+        raise SurgeryError(f"There is no ablation '{ablation}'.", hint="zero, or mean.")
+    mean = _mean(stream, target) if ablation == "mean" else None
+    wanted = Stream(stream.models, list(dict.fromkeys([site, target])), [], stream.keep)
+    for number, thing in enumerate(stream.batches):
+        batch = as_batch(thing, stream.tokenizer)
+        kept = stream.keep(batch)
+        rows = wanted.read(batch, number)
+        scored = kept & _followed(batch)
+        if not bool(scored.any()):
+            continue
+        with torch.no_grad():
+            parts = _parts(stream, dictionary, rows[site], rows[target])
+        for which, output in parts.items():
+            nothing = torch.zeros_like(output) if mean is None else mean[which].expand_as(output)
+            sums.setdefault(which, _Sums()).add(stream.models[which], target, batch, kept, scored, (output, nothing))
+    if not sums:
+        raise SurgeryError("No token that counts is followed by another: there is no prediction to score.")
+    return [sums[which].loss(ablation) for which in sorted(sums)]
+
+
+def _parts(stream: Stream, dictionary: Dictionary, x: Tensor, y: Tensor) -> dict[int, Tensor]:
+    """By model, what stands in for its rows. `x` and `y` hold the models side by side."""
+    many = len(stream.models)
+    if stream.difference:
+        base, tuned = x.chunk(2, dim=1)
+        return {1: y.chunk(2, dim=1)[0] + dictionary(tuned - base)}
+    output = dictionary(x)
+    return dict(enumerate(output.chunk(many, dim=1)))
+
+
+def _mean(stream: Stream, target: str) -> list[Tensor]:
+    """Of each model, the mean of the target's rows."""
+    total: Tensor | None = None
+    count = 0
+    for rows in Stream(stream.models, [target], stream.batches, stream.keep, stream.tokenizer):
+        added = rows[target].double().sum(0)
+        total, count = added if total is None else total + added, count + len(rows[target])
+    if total is None or not count:
+        raise SurgeryError("There are no activations to take the mean of.")
+    return [part.float() for part in (total / count).chunk(len(stream.models))]
+
+
+def _followed(batch: Batch) -> Tensor:
+    """(batch, pos) whether the next token is real."""
+    found = torch.zeros_like(batch.mask)
+    found[:, :-1] = batch.mask[:, 1:]
+    return found
+
+
+class _Sums:
+    """Sums over batches of one model."""
+
+    def __init__(self) -> None:
+        self.tokens, self.ce, self.kl = 0, [0.0, 0.0, 0.0], [0.0, 0.0]
+
+    @torch.no_grad()
+    def add(
+        self, model: Any, target: str, batch: Batch, kept: Tensor, scored: Tensor, stand_ins: tuple[Tensor, Tensor]
+    ) -> None:
+        """The model as it is, then with each of the stand-ins in the places of `kept`."""
+        model = unwrapped(model)
+        right = batch.ids.roll(-1, 1)[scored]
+
+        def log_probs(stand_in: Tensor | None) -> Tensor:
+            def put(values: Tensor) -> Tensor:
+                changed = values.clone()
+                assert stand_in is not None
+                changed[kept.to(values.device)] = stand_in.view(-1, *values.shape[2:]).to(values)
+                return changed
+
+            with untouched(model), edit(model, {} if stand_in is None else {target: put}):
+                logits = model(**batch.inputs(model), use_cache=False).logits
+            return logits[scored.to(logits.device)].float().log_softmax(-1).cpu()
+
+        clean = log_probs(None)
+        self.tokens += len(right)
+        self.ce[0] -= float(clean.gather(1, right[:, None]).double().sum())
+        for i, stand_in in enumerate(stand_ins):
+            found = log_probs(stand_in)
+            self.ce[i + 1] -= float(found.gather(1, right[:, None]).double().sum())
+            self.kl[i] += float((clean.exp() * (clean - found)).double().sum())
+
+    def loss(self, ablation: str) -> Loss:
+        """The means."""
+        ce, kl = ([total / self.tokens for total in each] for each in (self.ce, self.kl))
+        return Loss(ablation, self.tokens, *ce, *kl)
