@@ -93,9 +93,10 @@ class Dictionary(nn.Module):
         """(rows, latents) E (x - c) + b, dense."""
         return nn.functional.linear(x if self.centered is None else x - self.centered, self.encoder, self.bias)
 
-    def decoded(self, f: Tensor, x: Tensor) -> Tensor:
-        """(rows, d_out) of dense codes (rows, latents)."""
-        return self._skipped(f @ self.decoder + self.b_dec, x)
+    def decoded(self, f: Tensor, x: Tensor, *, frozen: bool = False) -> Tensor:
+        """(rows, d_out) of dense codes (rows, latents); a `frozen` decoder and its bias learn nothing from it."""
+        decoder, bias = (self.decoder.detach(), self.b_dec.detach()) if frozen else (self.decoder, self.b_dec)
+        return self._skipped(f @ decoder + bias, x)
 
     def from_codes(self, codes: Codes, x: Tensor) -> Tensor:
         """(rows, d_out) of sparse codes."""
@@ -135,7 +136,10 @@ class Dictionary(nn.Module):
         return self
 
     def check(self, x: Tensor) -> None:
-        """Raises `SurgeryError` for activations of another width."""
+        """Raises `SurgeryError` for activations of another width, and where they are not (rows, d_in)."""
+        if x.ndim != 2:
+            raise SurgeryError(f"Codes are those of rows (rows, {self.d_in}), found a shape of {tuple(x.shape)}.",
+                               hint="Flatten them: activations.flatten(0, -2).")  # fmt: skip
         if x.shape[-1] != self.d_in:
             raise SurgeryError(f"The dictionary reads activations of {self.d_in} numbers, found {x.shape[-1]}.",
                                hint="It belongs to another site or model.")  # fmt: skip

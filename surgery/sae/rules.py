@@ -100,10 +100,11 @@ class Standard(Rule):
 class Gated(Rule):
     """Whether and how much read apart (arXiv:2404.16014): magnitude = exp(r) E (x - c) + b_mag, gate = E (x - c) + b.
 
-    The reconstruction from the gate goes through the decoder as it is (SAELens); the paper's copy of it is detached.
+    The reconstruction from the gate goes through the decoder, which learns from it (SAELens), or not: `frozen` (paper).
     """
 
     l1: float = 1.0
+    frozen: bool = False
     warmup: int = 0  # type: ignore[misc]
 
     def extras(self, latents: int) -> dict[str, nn.Parameter | Tensor]:
@@ -114,8 +115,8 @@ class Gated(Rule):
         f = (gate > 0) * self._magnitude(of, gate)
         open_ = gate.relu()
         penalty = self.l1 * warm * (open_ * of.norms()).sum(-1).mean()
-        return Trained(of.decoded(f, x), (f.detach() > 0).sum(0),
-                       {"l1": penalty, "by the gate": squared(of.decoded(open_, x) - target)})  # fmt: skip
+        by_gate = squared(of.decoded(open_, x, frozen=self.frozen) - target)
+        return Trained(of.decoded(f, x), (f.detach() > 0).sum(0), {"l1": penalty, "by the gate": by_gate})
 
     def pick(self, of: Dictionary) -> Pick:
         def choose(pre: Any, rows: int) -> Any:
@@ -151,7 +152,7 @@ class JumpRelu(Rule):
         h, threshold = of.pre(x), of.extra("threshold")
         f = _Jump.apply(h, threshold, self.bandwidth)
         count = _Step.apply(h, threshold, self.bandwidth).sum(-1).mean()
-        return Trained(of.decoded(f, x), (f.detach() > 0).sum(0), {"l0": self.l0 * warm * count})
+        return Trained(of.decoded(f, x), (f.detach() > 0).sum(0), {"l0 penalty": self.l0 * warm * count})
 
     def pick(self, of: Dictionary) -> Pick:
         return settings(above, of.latents, threshold=of.extra("threshold").detach())
@@ -198,7 +199,7 @@ class TopK(Rule):
     """The k largest of each row (arXiv:2406.04093). `by_norm`: of h times the decoder's norms, as with unit norms.
 
     `aux`: weight of the error that the d_out / 2 strongest dead latents leave of what is unexplained, scaled down where
-    there are fewer of them. (Their sum is taken without the decoder's bias, as in the paper; released codes add it.)
+    there are fewer of them. (Their sum is taken without the decoder's bias, as in the paper.)
     """
 
     k: int = 32
