@@ -16,7 +16,7 @@ from surgery.sae.rules import TopK
 from surgery.tasks import make_task
 
 SITE = "resid_post.2"
-TEXTS = [r["prompt"] + r["answer"] for t in ("copy", "sort", "chain") for r in (
+TEXTS = [r["prompt"] + r["completion"] for t in ("copy", "sort", "chain") for r in (
     e.row(t) for e in make_task(t).examples(9, seed=1))]  # fmt: skip
 LATENTS = 24
 
