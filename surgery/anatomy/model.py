@@ -202,6 +202,14 @@ class Anatomy:
             return self.d_mlp()
         return None if kind == "stream" else self.n_kv_heads if name in ("k", "v") else self.n_heads
 
+    def width_of(self, site: str | Site) -> int:
+        """Numbers of one token's row at a site of one layer, heads side by side."""
+        place = Site.parse(site)
+        if place.kind == "neurons":
+            return self.d_mlp(place.layer or 0)
+        heads = self.heads_of(place.name)
+        return self.d_model if heads is None else self.d_head * (1 if place.head is not None else heads)
+
     def expand(self, patterns: Iterable[str | Site]) -> list[Site]:
         """The sites of names, one a layer where no layer is named, each once.
 

@@ -111,3 +111,11 @@ class Site:
         if self.head is not None:
             parts.append(str(self.head))
         return ".".join(parts) + ("" if self.position is None else f"@{self.position}")
+
+
+def lens_name(site: Site) -> str | None:
+    """TransformerLens's name of a site of one layer (`blocks.3.hook_resid_post`); None where it has none."""
+    names = {ours: theirs for theirs, ours in reversed(_TRANSFORMER_LENS.items())}
+    if site.name not in names or site.layer is None:
+        return {"embed": "hook_embed", "final": "ln_final.hook_normalized"}.get(site.name)
+    return f"blocks.{site.layer}.{names[site.name]}"

@@ -22,6 +22,7 @@ from surgery.cli import (
     patch,
     recipes,
     rollouts,
+    sae,
     train,
     tune,
     zoo,
@@ -42,6 +43,7 @@ pairs.register(app)
 app.add_typer(circuit.app, name="circuit")
 train.register(app)
 app.add_typer(tune.app, name="tune")
+app.add_typer(sae.app, name="sae")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(rollouts.app, name="rollouts")
 demo.register(app)

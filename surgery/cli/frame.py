@@ -205,7 +205,8 @@ def size(nbytes: float) -> str:
 
 def count(number: int, what: str) -> str:
     """1 -> "1 model", 3 -> "3 models"."""
-    plural = what[:-2] + "ices" if what.endswith("ix") else what + "s"
+    endings = {"ix": "ices", "ry": "ries"}
+    plural = what[:-2] + endings[what[-2:]] if what[-2:] in endings else what + "s"
     return f"{number:,} {what if number == 1 else plural}"
 
 

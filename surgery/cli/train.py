@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from surgery.cli.recipes import complete_recipe
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
+    from surgery.training.panel import Panel
     from surgery.training.recipe import Recipe
     from surgery.training.run import Run
 
@@ -102,18 +103,27 @@ def train(
 
 def _watched(recipe: Recipe, ready: planned_run.Ready, folder: Path, resume: bool) -> tuple[Run, list[str]]:
     """The finished run, and what it warned of."""
-    from surgery.models import no_bars
-    from surgery.training.panel import watching
     from surgery.training.run import train as trained
 
-    stream = io.StringIO() if frame.STATE.quiet else sys.stderr
-    with no_bars(), _ctrl_c() as stop, watching(recipe, stream=stream, rollouts=ready.samples, every=frame.EVERY) as p:
+    with watched(recipe, rollouts=ready.samples) as (panel, stepped):
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
-            p(step, metrics)
-            stop.stepped(step)
+            panel(step, metrics)
+            stepped(step)
 
-        return trained(recipe=recipe, out=folder, resume=resume, parts=ready.parts, on_step=on_step), p.warnings
+        found = trained(recipe=recipe, out=folder, resume=resume, parts=ready.parts, on_step=on_step)
+        return found, panel.warnings
+
+
+@contextmanager
+def watched(recipe: Any, *, rollouts: bool = False) -> Iterator[tuple[Panel, Callable[[int], None]]]:
+    """A panel for a run of `recipe.steps`, and what is called behind each step: Ctrl-C waits for it inside."""
+    from surgery.models import no_bars
+    from surgery.training.panel import watching
+
+    stream = io.StringIO() if frame.STATE.quiet else sys.stderr
+    with no_bars(), _ctrl_c() as stop, watching(recipe, stream=stream, rollouts=rollouts, every=frame.EVERY) as panel:
+        yield panel, stop.stepped
 
 
 @dataclass

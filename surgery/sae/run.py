@@ -111,7 +111,7 @@ def train(
         raise SurgeryError("Resuming needs the folder of the run.", hint="Pass out=.")
     world = distributed.start("ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "none")
     if models is None:
-        models, tokenizer = opened(recipe)
+        models, tokenizer = opened(recipe.models, recipe.precision, world.device)
     models = list(models) if isinstance(models, list | tuple) else [models]
     source = Source(recipe, models, tokenizer, world)
     entries = source.entries()
@@ -159,18 +159,18 @@ def check_folder(out: Path, resume: bool) -> None:
         raise SurgeryError(f"{out} holds a run already.", hint="Go on with it by --resume, or choose another folder.")
 
 
-def opened(recipe: Recipe) -> tuple[list[Any], Any]:
-    """The models of a recipe and their tokenizer. Raises `SurgeryError` where they do not read the same tokens."""
+def opened(names: list[Any], precision: str = "float32", device: Any = "cpu") -> tuple[list[Any], Any]:
+    """Models and their tokenizer. Raises `SurgeryError` where they do not read the same tokens."""
     from surgery.models import load, no_bars
 
-    if None in recipe.models:
+    if None in names:
         raise SurgeryError("The recipe names no model.", hint="model: tiny-chain, or [base, tuned]")
     with no_bars():
-        loaded = [load(str(name), recipe.precision) for name in recipe.models]
+        loaded = [load(str(name), precision, device) for name in names]
     tokenizers = [tokenizer for _, tokenizer in loaded]
-    for name, other in zip(recipe.models[1:], tokenizers[1:], strict=True):
+    for name, other in zip(names[1:], tokenizers[1:], strict=True):
         if other.get_vocab() != tokenizers[0].get_vocab():
-            raise SurgeryError(f"{name} has other tokens than {recipe.models[0]}, and both are to read the same.",
+            raise SurgeryError(f"{name} has other tokens than {names[0]}, and both are to read the same.",
                                hint="Pairs need one tokenizer.")  # fmt: skip
     return [model for model, _ in loaded], tokenizers[0]
 
@@ -318,7 +318,7 @@ def _written(
     renamed(partial, out / "dictionaries")
     if quality:
         save_file({name: each.quality.density for name, each in quality.items()}, out / "density.safetensors")
-        numbers = {name: _plain(each.to_dict()) for name, each in quality.items()}
+        numbers = {name: plain(each.to_dict()) for name, each in quality.items()}
         (out / "quality.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
 
 
@@ -331,13 +331,13 @@ def _drawn(out: Path, recipe: Recipe, metrics: list[dict[str, float]], quality: 
         densities({name: each.quality.density for name, each in quality.items()}).savefig(out / "density.png", dpi=110)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """As JSON: numbers that are none are null."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: plain(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-__all__ = ["Measured", "Run", "measured", "train"]
+__all__ = ["Measured", "Run", "measured", "plain", "train"]

@@ -95,6 +95,14 @@ class Text:
         size = self.reading.batch
         return [self._batch(found[i : i + size]) for i in range(0, len(found), size)]
 
+    def first(self, sequences: int) -> list[Counted]:
+        """The first so many sequences, held out or not."""
+        found = [sequence for _, sequence in islice(self._sequences(), sequences)]
+        if not found:
+            raise SurgeryError("The texts make no sequence to read.", hint="Give more text, or a smaller context.")
+        size = self.reading.batch
+        return [self._batch(found[i : i + size]) for i in range(0, len(found), size)]
+
     def _kept_out(self, number: int) -> bool:
         return number % self.reading.held_out == self.reading.held_out - 1
 

@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from rich.panel import Panel as Drawn
 
-    from surgery.training.recipe import Recipe
-
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 24
 """Characters of a sparkline."""
@@ -147,9 +145,11 @@ class Lines(Panel):
 
 @contextmanager
 def watching(
-    recipe: Recipe, *, stream: TextIO | None = None, title: str = "", rollouts: bool = False, every: float = EVERY
+    recipe: Any, *, stream: TextIO | None = None, title: str = "", rollouts: bool = False, every: float = EVERY
 ) -> Iterator[Panel]:
-    """A panel to pass as `on_step`: live where `stream` (default: stderr) is a terminal, else lines every few seconds.
+    """A panel of a recipe's `steps`, to pass as `on_step`.
+
+    Live where `stream` (default: stderr) is a terminal, else lines every few seconds.
 
     `rollouts`: the run samples, so that its loss says little. Warnings of the training go to the panel meanwhile.
     """

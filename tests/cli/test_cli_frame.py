@@ -15,6 +15,7 @@ COMMANDS = [
     *(["vector", word] for word in ("extract", "apply", "combine", "inspect", "check", "export-lora")),
     *(["delta", word] for word in ("extract", "apply", "overlap", "convert")),
     *(["tune", word] for word in ("show", "select", "list")),
+    *(["sae", word] for word in ("train", "measure", "convert", "list")),
 ]  # fmt: skip
 HEAVY = """
 import sys
@@ -44,7 +45,7 @@ def test_the_list_of_commands_here_is_whole(capsys):
     main(["--help"])
     listed = capsys.readouterr().out
     assert all(command[0] in listed for command in COMMANDS)
-    for group in ("vector", "delta", "tune", "zoo", "recipes", "rollouts"):
+    for group in ("vector", "delta", "tune", "sae", "zoo", "recipes", "rollouts"):
         main([group, "--help"])
         shown = [line.split()[1] for line in capsys.readouterr().out.partition("Commands")[2].splitlines()
                  if line.startswith("│ ") and line[2] != " "]  # fmt: skip
@@ -55,6 +56,7 @@ def test_the_list_of_commands_here_is_whole(capsys):
     "command",
     [["--help"], ["merge", "--help"], ["vector", "extract", "--help"], ["zoo", "list"], ["methods"],
      ["train", "--help"], ["recipes", "list"], ["recipes", "show", "grpo"],
+     ["sae", "--help"], ["sae", "train", "--help"],
      ["methods", "ties"], ["vector", "check", "tiny-base", "tiny-chain", "--fast"],
      ["merge", "--method", "ties", "--base", "tiny-base", "tiny-chain", "tiny-shift", "--plan"]],
     ids=" ".join,
