@@ -258,8 +258,8 @@ def measure(
         raise SurgeryError("There is no text to measure it on.", hint="--data texts.txt, or --data chain")
     target = None if site else about.get("target")
     networks, tokenizer = opened(list(named), precision)
-    told = about.get("reading") if isinstance(about.get("reading"), dict) else {}
-    reading = checked(Reading, {**told, **({"context": context} if context else {})})
+    told: dict[str, Any] = about.get("reading") or {}
+    reading = checked(Reading, told | ({"context": context} if context else {}))
     text = Text(text_rows(yaml.safe_load(data), Path(".")), tokenizer, reading)
     found = measured(loaded, networks, text.first(sequences), place, target, difference=bool(about.get("difference")),
                      tokenizer=tokenizer)  # fmt: skip

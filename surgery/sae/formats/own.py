@@ -41,6 +41,10 @@ class Own(Format):
         stored = Stored(folder, self.weights[0])
         latents, d_in = stored.shape("encoder", 2)
         d_out = stored.shape("decoder", 2)[1]
+        centered = config.take("centered", bool, True)
+        if centered and d_in != d_out:
+            raise SurgeryError(f"{stored.file}: the encoder reads {d_in:,} numbers and the decoder gives {d_out:,}, and "
+                               "the config says that it rebuilds what it reads.", hint="It is damaged.")  # fmt: skip
         extras = {}
         for name, value in rule.extras(1).items():
             shape = stored.shape(name, value.ndim)
@@ -54,7 +58,7 @@ class Own(Format):
             stored.take("decoder", latents, d_out),
             stored.take("b_dec", d_out),
             stored.take("skip", d_out, d_in) if "skip" in stored else None,
-            config.take("centered", bool, True),
+            centered,
             config.take("models", int, 1),
             extras,
         )
