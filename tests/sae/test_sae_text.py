@@ -30,14 +30,12 @@ def kept(batch):
 
 def test_texts_are_laid_end_to_end_and_cut(tokenizer):
     text = texts(tokenizer=tokenizer, skip=0)
-    sequences = [
-        ids for batch in text.first(100) for ids, m in zip(batch.ids, batch.mask, strict=True) for ids in [ids[m]]
-    ]
+    sequences = [ids[m] for b in text.first(100) for ids, m in zip(b.ids, b.mask, strict=True)]
     whole = torch.cat(sequences).tolist()
     expected = []
     for row in ROWS:
-        expected += [*tokenizer(row["prompt"])["input_ids"], *tokenizer(row["completion"], add_special_tokens=False)["input_ids"],
-                     tokenizer.eos_token_id]  # fmt: skip
+        answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+        expected += [*tokenizer(row["prompt"])["input_ids"], *answer, tokenizer.eos_token_id]
     assert whole == expected[: len(whole)] and len(expected) - len(whole) < 16
     assert all(len(ids) == 16 for ids in sequences[:-1])
 
