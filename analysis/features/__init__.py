@@ -21,7 +21,7 @@
 """
 
 from analysis.features.changes import Changed, changed
-from analysis.features.effects import ablate_latents, attribute_latents, latent_edit, steer_latents
+from analysis.features.effects import ablate_latents, attribute_latents, effect_figure, latent_edit, steer_latents
 from analysis.features.examples import Examples, examples
 from analysis.features.kinds import EDGES, KINDS, Scaling, latent_scaling, relative_norms
 from analysis.features.page import feature_page
@@ -32,6 +32,6 @@ from analysis.features.words import promoted
 
 __all__ = [
     "EDGES", "KINDS", "Changed", "Examples", "Reader", "Scaling", "SparseProbe", "TagScores", "ablate_latents",
-    "attribute_latents", "changed", "examples", "feature_page", "latent_edit", "latent_scaling", "pooled", "promoted",
-    "relative_norms", "sparse_probe", "steer_latents", "tag_scores",
+    "attribute_latents", "changed", "effect_figure", "examples", "feature_page", "latent_edit", "latent_scaling",
+    "pooled", "promoted", "relative_norms", "sparse_probe", "steer_latents", "tag_scores",
 ]  # fmt: skip

@@ -105,11 +105,12 @@ class Changed:
         return pd.DataFrame(columns, index=pd.Index(self.latents, name="latent"))
 
     def top(self, k: int = 10) -> list[int]:
-        """The k latents whose firing rate changed most, against the interval's width: surest first."""
+        """The k latents whose firing rate changed most against the width of the interval; none whose interval holds 0
+        before one whose does not."""
         found = self.difference()
         low, high = found.interval()
         sure = np.abs(found.mean) / np.maximum(high - low, 1e-12)
-        sure = np.where((low <= 0) & (high >= 0), 0.0, sure) * np.abs(found.mean)
+        sure = np.where((low <= 0) & (high >= 0), sure - 1e12, sure)
         return [self.latents[i] for i in np.argsort(-sure, kind="stable")[:k]]
 
     def plot(self, title: str = "") -> Figure:

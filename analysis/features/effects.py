@@ -12,8 +12,8 @@ unchanged models; of a crosscoder D is the model's own part. Only tokens that th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from surgery.activations.interventions import Call
 from surgery.anatomy import Site, anatomy_of
 from surgery.errors import SurgeryError
 from surgery.models import as_batch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Latents = Sequence[int | Sequence[int]] | int
 """Latents one by one; several in a list of their own are changed together."""
@@ -233,3 +236,39 @@ def latent_edit(
         return new.view(value.shape)
 
     return change
+
+
+# ---- figures
+
+
+def effect_figure(found: Result | Mapping[str, Result], k: int = 12, title: str = "") -> Figure:
+    """The k latents whose effect is greatest, each with its 95 % interval; of steering a curve a latent, by amount.
+
+    Several results ({"first order": ..., "exact": ...}) stand side by side for latents that all have; the first one
+    says which are greatest. Raises `SurgeryError` when they have no latent in common.
+    """
+    from analysis.plots import curves, intervals
+
+    each = {"effect": found} if isinstance(found, Result) else dict(found)
+    first, *others = each.values()
+    common = [j for j in first.axes["latent"] if all(j in other.axes["latent"] for other in others)]
+    if not common:
+        raise SurgeryError("These results have no latent in common.")
+    size = np.abs(first.select("latent", common).mean).reshape(len(common), -1).max(1)
+    shown = [common[i] for i in np.argsort(-size, kind="stable")[:k]]
+    if "amount" in first.axes:
+        lines = {f"latent {j}": (one.mean, *one.interval()) for j in shown for one in [first.select("latent", j)]}
+        return curves(first.axes["amount"], lines, x_label="amount", y_label=first.name, title=title,
+                      references={"as it is": 0.0})  # fmt: skip
+    parts = {name: one.select("latent", shown) for name, one in each.items()}
+    series = {name: (one.mean, *one.interval()) for name, one in parts.items()}
+    labels = [str(j) if isinstance(j, int) else "+".join(map(str, j)) for j in shown]
+    figure = intervals(series, labels, y_label=first.name, group_label="latent", title=title)
+    (axis,) = figure.axes
+    ends = np.concatenate([np.concatenate([low, high]) for _, low, high in series.values()])
+    low, high = min(0.0, float(ends.min())), max(0.0, float(ends.max()))
+    axis.set_ylim(low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1))
+    axis.axhline(0, color="0.4", linewidth=0.8, zorder=0)
+    if len(series) == 1:
+        figure.legends[0].remove()
+    return figure

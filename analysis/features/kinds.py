@@ -79,22 +79,26 @@ class Scaling:
         return found.nonzero().view(-1)
 
     def plot(self) -> Figure:
-        """Relative norms of all latents (left), and both nu of those that look like the tuned model's (right)."""
+        """Relative norms of all latents (left), and both nu of those that lean to the tuned model (right)."""
         from analysis.style import blank
 
-        figure, (left, right) = blank(9, 3.6, "", columns=2)
+        figure, (left, right) = blank(9, 3.8, "", columns=2)
         used = (self.rows > 0) & self.norm.isfinite()
         left.hist(self.norm[used].numpy(), bins=np.linspace(0, 1, 41), color="0.7", edgecolor="black", linewidth=0.4)
         left.set(xlabel="relative norm: 0 base only, 1 tuned only", ylabel="latents", yscale="log")
         for edge in EDGES:
             left.axvline(edge, color="black", linestyle=":", linewidth=0.8)
-        looks = used & (self.norm > EDGES[-1])
-        right.scatter(self.error[looks].numpy(), self.reconstruction[looks].numpy(), s=14, color="white",
-                      edgecolor="black", linewidth=0.7)  # fmt: skip
-        right.axhline(0, color="0.8", zorder=0)
-        right.axvline(0, color="0.8", zorder=0)
-        right.set(xlabel="nu of what is left (high: shrinkage)", ylabel="nu of the reconstruction (high: decoupling)",
-                  title=f"{int(looks.sum())} latents that look tuned only")  # fmt: skip
+        mostly = used & (self.norm > EDGES[2]) & (self.norm <= EDGES[3])
+        only = used & (self.norm > EDGES[3])
+        for here, name, marker, face in ((mostly, KINDS[3], "o", "white"), (only, KINDS[4], "D", "black")):
+            points = self.error[here].numpy(), self.reconstruction[here].numpy()
+            right.scatter(*points, s=18, marker=marker, facecolor=face, edgecolor="black", linewidth=0.7,
+                          label=f"{name} ({int(here.sum())})")  # fmt: skip
+        for line in (right.axhline, right.axvline):
+            line(0, color="0.8", zorder=0)
+        right.set(xlabel="nu of what is left (high: shrinkage)", ylabel="nu of the reconstruction\n(high: decoupling)")
+        right.locator_params(nbins=5)
+        right.legend(frameon=False, fontsize="small", title="by norm", title_fontsize="small")
         return figure
 
 

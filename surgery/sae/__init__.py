@@ -15,7 +15,7 @@
 | activations on disk, for sweeps | `cache.py` |
 | FVU and the like in one pass; planted directions, and how many are found | `metrics.py` |
 | what a model loses with a dictionary in it: CE and KL recovered | `spliced.py` |
-| fine-tuning through a dictionary (SAE-tuning), with its controls | `tune.py`, `tune_arms.py`, `tune_recipe.py`, `tune_run.py` |
+| fine-tuning through a dictionary (SAE-tuning), and its controls by a recipe | `tune.py`, `tune_*.py`, `stand_in.py` |
 | files: our own, and SAELens's, eai-sparsify's and dictionary_learning's | `formats/` |
 | codes as (row, latent, value), with exact gradients and one dense product | `codes.py` |
 | which latents a row may use: top k, top k over the batch, above a threshold | `sparsity.py` |

@@ -79,7 +79,7 @@ class Recipe(Part):
     buffer: int = Field(65_536, ge=1, description="activations that a step's are drawn from")
     optimizer: Optimizer = Optimizer()  # type: ignore[call-arg]
     evaluate: Evaluation = Evaluation()  # type: ignore[call-arg]
-    checkpoint: CheckpointSettings = CheckpointSettings()  # type: ignore[call-arg]
+    checkpoint: CheckpointSettings = CheckpointSettings(every=1000)  # type: ignore[call-arg]
     precision: str = Field("float32", pattern="float32|bfloat16", description="of the models; dictionaries are float32")
     seed: int = 0
     output: Path | None = None

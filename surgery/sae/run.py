@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -307,19 +308,29 @@ class UpTo:
 def _written(
     out: Path, recipe: Recipe, source: Source, dictionaries: dict[str, Dictionary], quality: dict[str, Measured]
 ) -> None:
-    """The dictionaries, all of them or none; and what was measured."""
+    """The dictionaries, all of them or none; and what was measured. Raises `SurgeryError` when the disk is full."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from surgery.checkpoint.disk import renamed
+    from surgery.checkpoint.disk import reason, renamed
 
     partial = out / f".dictionaries.{os.getpid()}"
-    for name, dictionary in dictionaries.items():
-        formats.save(dictionary, partial / name, metadata=source.metadata(name))
-    renamed(partial, out / "dictionaries")
-    if quality:
-        save_file({name: each.quality.density for name, each in quality.items()}, out / "density.safetensors")
-        numbers = {name: plain(each.to_dict()) for name, each in quality.items()}
-        (out / "quality.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    try:
+        for name, dictionary in dictionaries.items():
+            formats.save(dictionary, partial / name, metadata=source.metadata(name))
+        if quality:
+            save_file({name: each.quality.density for name, each in quality.items()}, out / "density.safetensors")
+            numbers = {name: plain(each.to_dict()) for name, each in quality.items()}
+            (out / "quality.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+        renamed(partial, out / "dictionaries")
+    except (OSError, SafetensorError, SurgeryError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        told = error.problem if isinstance(error, SurgeryError) else reason(error)
+        last = max((path.name for path in out.glob("checkpoint-*")), default=None)
+        raise SurgeryError(f"The dictionaries could not be written to {out} ({told.rstrip('.')}).",
+                           hint=f"{last} is kept: make room and run again with --resume." if last else
+                           "Make room and train again; with checkpoint.every set, most of the work would be kept.",
+                           ) from error  # fmt: skip
 
 
 def _drawn(out: Path, recipe: Recipe, metrics: list[dict[str, float]], quality: dict[str, Measured]) -> None:

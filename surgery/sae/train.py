@@ -186,6 +186,9 @@ def _scale(entries: Mapping[str, Entry], first: list[Rows]) -> None:
         for site in both:
             if site not in first[0]:
                 raise SurgeryError(f"'{name}' reads '{site}', and the activations are of {', '.join(first[0])}.")
+            if all(bool((rows[site] == first[0][site][0]).all()) for rows in first) and bool(first[0][site].any()):
+                raise SurgeryError(f"The activations at '{site}' that '{name}' reads are the same in every row.",
+                                   hint="Is it the site that you mean, and do the texts differ?")  # fmt: skip
         if entry.settings.normalise:
             entry.scale = tuple(_factor(name, site, [rows[site] for rows in first]) for site in both)  # type: ignore[assignment]
 

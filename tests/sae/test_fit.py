@@ -107,17 +107,18 @@ def test_thresholds_stay_above_zero_and_penalties_warm_up():
     ("rows", "told"),
     [
         ([], "ended after 0 of 5 steps"),
-        ([{"a": torch.ones(4, 8)}] * 3, "ended after 3 of 5"),
-        ([{"b": torch.ones(4, 8)}] * 5, "reads 'a', and the activations are of b"),
+        ([{"a": torch.eye(4, 8)}] * 3, "ended after 3 of 5"),
+        ([{"a": torch.ones(4, 8)}] * 5, "'a' that 'one' reads are the same in every row"),
+        ([{"b": torch.eye(4, 8)}] * 5, "reads 'a', and the activations are of b"),
         ([{"a": torch.zeros(4, 8)}] * 5, "are all 0"),
-        ([{"a": torch.ones(4, 9)}] * 5, "8 numbers, found 9"),
+        ([{"a": torch.eye(4, 9)}] * 5, "8 numbers, found 9"),
         ([{"a": torch.ones(4, 8) * float("nan")}] * 5, "all 0, or not finite"),
         (
-            [*[{"a": torch.ones(4, 8)}] * 30, {"a": torch.full((4, 8), torch.inf)}],
+            [*[{"a": torch.eye(4, 8)}] * 30, {"a": torch.full((4, 8), torch.inf)}],
             "Step 31 of 'one': .*row 0 of the batch",
         ),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_what_is_wrong_is_told(rows, told):
     steps = 5 if len(rows) < 10 else 31

@@ -13,6 +13,7 @@ import torch
 from surgery.errors import SurgeryError
 from surgery.models import load as load_model
 from surgery.sae import checkpoints as kept
+from surgery.sae import formats
 from surgery.sae.formats import load
 from surgery.sae.recipe import load as load_recipe
 from surgery.sae.recipe import make, packaged
@@ -127,6 +128,21 @@ def test_checkpoints_come_as_often_as_asked_and_a_full_disk_costs_one(tmp_path, 
     assert any("No checkpoint at step 8 (No space left on device)" in str(w.message) for w in told)
     assert sorted(p.name for p in (tmp_path / "run").glob("*check*")) == ["checkpoint-000004", "checkpoint-000009"]
     assert same(run(words, tmp_path / "run", resume=True), run(words))
+
+
+def test_a_disk_that_is_full_at_the_end_costs_what_came_after_the_last_checkpoint(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    words = ONE | {"checkpoint": {"every": 5}}
+    with monkeypatch.context() as patch:
+        patch.setattr(formats, "save", full)
+        with pytest.raises(SurgeryError, match=r"could not be written to .* \(No space left on device\)") as error:
+            run(words, tmp_path / "run")
+    assert error.value.hint == "checkpoint-000010 is kept: make room and run again with --resume."
+    found = run(words, tmp_path / "run", resume=True)
+    assert same(found, run(words)) and len(found.metrics) == 12
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 def test_what_cannot_go_on_is_told(tmp_path):

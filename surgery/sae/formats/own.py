@@ -43,8 +43,8 @@ class Own(Format):
         d_out = stored.shape("decoder", 2)[1]
         centered = config.take("centered", bool, True)
         if centered and d_in != d_out:
-            raise SurgeryError(f"{stored.file}: the encoder reads {d_in:,} numbers and the decoder gives {d_out:,}, "
-                               "and the config says that it rebuilds what it reads.", hint="It is damaged.")  # fmt: skip
+            raise SurgeryError(f"{stored.file}: the encoder reads {d_in:,} numbers and the decoder gives {d_out:,}.",
+                               hint="The config says that it rebuilds what it reads: it is damaged.")  # fmt: skip
         extras = {}
         for name, value in rule.extras(1).items():
             shape = stored.shape(name, value.ndim)
