@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from surgery.activations.interventions import edit, unwrapped
 from surgery.errors import SurgeryError
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+AT_ONCE = 1 << 24
+"""Logits whose divergence is taken at a time."""
 IGNORED = -100
 """The label of a token that is not learned."""
 
@@ -60,10 +63,20 @@ class Adapter:
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) summed over all tokens, of logits (tokens, vocabulary)."""
-    return nn.functional.kl_div(
-        q.float().log_softmax(-1), p.float().log_softmax(-1), reduction="sum", log_target=True
-    )  # fmt: skip
+    """KL(p || q) summed over all tokens, of logits (tokens, vocabulary).
+
+    Many tokens are taken in parts, computed again in the backward pass: log-probabilities are never there as a whole.
+    """
+    rows = max(1, AT_ONCE // p.shape[-1])
+    if len(p) <= rows:
+        return _divergence(p, q)
+    parts = zip(p.split(rows), q.split(rows), strict=True)
+    return torch.stack([checkpoint(_divergence, *part, use_reentrant=False) for part in parts]).sum()
+
+
+def _divergence(p: Tensor, q: Tensor) -> Tensor:
+    log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+    return nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
 def label_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -76,6 +76,16 @@ def test_the_first_loss_is_the_published_one_and_padding_is_no_part_of_it(tiny, 
     assert float(divergence(a, b) / 5) == pytest.approx(float(published), rel=1e-5)
 
 
+def test_a_divergence_in_parts_is_the_same(monkeypatch):
+    a, b = torch.randn(11, 7), torch.randn(11, 7, requires_grad=True)
+    whole = divergence(a, b)
+    (wanted,) = torch.autograd.grad(whole, b)
+    monkeypatch.setattr("surgery.sae.tune.AT_ONCE", 21)  # three tokens at a time
+    parts = divergence(a, b)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(torch.autograd.grad(parts, b)[0], wanted)
+
+
 def test_labels_are_learned_where_they_are_given(tiny):
     model, batch = tiny[0], encode(tiny[1], TEXTS, side="left")
     labels = batch.ids.masked_fill(~batch.mask | (batch.positions == 0), -100)  # nothing real stands before the first
@@ -187,6 +197,8 @@ def test_a_run_depends_on_its_seed_alone(tiny, batches):
         assert torch.equal(torch.get_rng_state(), drawn)
     assert all(torch.equal(t, states[1][n]) for n, t in states[0].items())
     assert not all(torch.equal(t, states[2][n]) for n, t in states[0].items())
+    still = tune(tiny[0], of(), "resid_post.1", batches, **QUICK).state_dict()  # the same start without dropout
+    assert not all(torch.equal(t, still[n]) for n, t in states[0].items())
 
 
 @pytest.mark.parametrize("stand", [of, lambda: Noise(of(), seed=3)], ids=["dictionary", "noise"])
