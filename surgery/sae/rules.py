@@ -66,6 +66,9 @@ class Rule:
     def settle(self, of: Dictionary) -> None:
         """Behind each step of the optimizer: what parameters may not become."""
 
+    def finish(self, of: Dictionary, x: Tensor) -> None:
+        """Behind the last step, with its rows: what only the finished dictionary tells."""
+
     def fold(self, of: Dictionary, norms: float) -> None:
         """The decoder's norms have been multiplied by `norms`, and h is as before."""
 
@@ -242,9 +245,11 @@ class TopK(Rule):
 @RULES.register("batchtopk")
 @dataclass(frozen=True)
 class BatchTopK(TopK):
-    """k codes a row on average (arXiv:2412.06410); afterwards all above the running mean of the smallest kept value.
+    """k codes a row on average (arXiv:2412.06410); afterwards all above the smallest value that is kept.
 
-    `rate` is that of the mean, kept in float64.
+    In training that is a running mean by `rate`, in float64. It lags while values grow, and from its beginning at 0 by
+    some hundreds of steps: a dictionary of released code that was trained briefly has many times k codes. Here the
+    last step's rows are coded once more by the finished weights, and the threshold is the smallest value of theirs.
     """
 
     k: float = 32.0  # type: ignore[assignment]
@@ -259,9 +264,14 @@ class BatchTopK(TopK):
     @torch.no_grad()
     def more(self, of: Dictionary, codes: Codes, x: Tensor, target: Tensor, scale: Tensor | None) -> dict[str, Tensor]:
         if len(codes.values):
-            weighed = codes.values if scale is None else codes.values * scale[codes.layout.index]
-            of.extra("threshold").lerp_(weighed.min().double(), self.rate)
+            of.extra("threshold").lerp_(_least(codes, scale), self.rate)
         return {}
+
+    @torch.no_grad()
+    def finish(self, of: Dictionary, x: Tensor) -> None:
+        codes, *_ = encode(x, of.encoder, of.bias, of.centered, self.chosen(of, None))
+        if len(codes.values):
+            of.extra("threshold").copy_(_least(codes, self.scale(of)))
 
     def pick(self, of: Dictionary) -> Pick:
         return settings(above, of.latents, threshold=of.extra("threshold").to(of.bias.dtype), scale=self.scale(of))
@@ -270,6 +280,12 @@ class BatchTopK(TopK):
     def fold(self, of: Dictionary, norms: float) -> None:
         if self.by_norm:
             of.extra("threshold").mul_(norms)
+
+
+def _least(codes: Codes, scale: Tensor | None) -> Tensor:
+    """The smallest value of codes, weighed as for the choice."""
+    weighed = codes.values if scale is None else codes.values * scale[codes.layout.index]
+    return weighed.min().double()
 
 
 @RULES.register("matryoshka")

@@ -117,8 +117,13 @@ class Fitting:
         """One step of every dictionary."""
 
         def work() -> dict[str, dict[str, float]]:
-            return {name: _step(name, self.entries[name], self.optimizers[name], rows, self.step, self.steps)
-                    for name in self.mine}  # fmt: skip
+            found = {}
+            for name in self.mine:
+                entry = self.entries[name]
+                found[name] = _step(name, entry, self.optimizers[name], rows, self.step, self.steps)
+                if self.step + 1 == self.steps:
+                    entry.dictionary.rule.finish(entry.dictionary, rows[entry.site] * entry.scale[0])
+            return found
 
         found = {name: line for part in self.world.together(work) for name, line in part.items()}
         return {name: found[name] for name in self.entries}

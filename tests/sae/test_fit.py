@@ -67,6 +67,17 @@ def test_transcoders_fold_two_scales():
     assert entry.log[-1]["fvu"] < 0.5 * entry.log[0]["fvu"]
 
 
+@pytest.mark.parametrize("rule", [BatchTopK(k=3.0), Matryoshka(k=3.0, widths=(8,))], ids=str)
+def test_a_finished_dictionary_has_as_many_codes_as_in_its_last_step(rule):
+    """The threshold is the smallest kept value of the last rows: of them exactly k a row are chosen."""
+    planted = Planted(d=16, n=20, rate=0.1, noise=0.05)
+    rows = batches(planted, 5, times=9.0)
+    entry = Entry("a", Dictionary(16, 40, rule, seed=2).double(), Settings(lr=1e-2))
+    fit({"one": entry}, [{"a": r["a"].double()} for r in rows], steps=5)
+    x = rows[-1]["a"].double()
+    assert len(entry.dictionary.codes(x).values) == pytest.approx(3 * len(x), abs=1)
+
+
 def test_several_dictionaries_over_one_stream_are_as_each_by_itself():
     planted = Planted(d=16, n=20)
     both = [r | {"b": -2 * r["a"]} for r in batches(planted, 20)]
