@@ -18,12 +18,14 @@
 | words.py       | tokens as they read; which tokens spell a string; tokens that a latent promotes             |
 | probing.py     | k-sparse probing: how well k latents alone tell labels                                      |
 | page.py        | a page of features, self-contained                                                          |
+| overview.py    | everything at once: which latents to look at, and what there is to say of each              |
 """
 
 from analysis.features.changes import Changed, changed
 from analysis.features.effects import ablate_latents, attribute_latents, effect_figure, latent_edit, steer_latents
 from analysis.features.examples import Examples, examples
 from analysis.features.kinds import EDGES, KINDS, Scaling, latent_scaling, relative_norms
+from analysis.features.overview import Overview, overview
 from analysis.features.page import feature_page
 from analysis.features.probing import SparseProbe, pooled, sparse_probe
 from analysis.features.reader import Reader
@@ -31,7 +33,8 @@ from analysis.features.tags import TagScores, tag_scores
 from analysis.features.words import promoted
 
 __all__ = [
-    "EDGES", "KINDS", "Changed", "Examples", "Reader", "Scaling", "SparseProbe", "TagScores", "ablate_latents",
-    "attribute_latents", "changed", "effect_figure", "examples", "feature_page", "latent_edit", "latent_scaling",
-    "pooled", "promoted", "relative_norms", "sparse_probe", "steer_latents", "tag_scores",
+    "EDGES", "KINDS", "Changed", "Examples", "Overview", "Reader", "Scaling", "SparseProbe", "TagScores",
+    "ablate_latents", "attribute_latents", "changed", "effect_figure", "examples", "feature_page", "latent_edit",
+    "latent_scaling", "overview", "pooled", "promoted", "relative_norms", "sparse_probe", "steer_latents",
+    "tag_scores",
 ]  # fmt: skip

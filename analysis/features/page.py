@@ -53,7 +53,7 @@ def feature_page(
         for j in chosen:
             each._place(j)
     _fitting(dictionary, one, scaling)
-    facts = _facts(dictionary, sets, scaling, changes, effects)
+    facts = facts_of(dictionary, sets, scaling, changes, effects)
     heads = ["latent", *dict.fromkeys(name for j in chosen for name in facts(j))]
     rows = [[j, *(facts(j).get(name, "") for name in heads[1:])] for j in chosen]
     about = f"{dictionary.latents} latents at {one.site}; {one.texts} texts, {one.tokens} tokens."
@@ -79,7 +79,7 @@ def _overview(scaling: Scaling | None, changes: Changed | None, found: Examples)
     return [found.plot()] if len(found.latents) > 20 else []
 
 
-def _facts(
+def facts_of(
     dictionary: Dictionary, sets: Mapping[str, Examples], scaling: Scaling | None, changes: Changed | None,
     effects: Result | None,
 ) -> Any:  # fmt: skip

@@ -1,4 +1,4 @@
-"""`surgery sae train | measure | convert | list`: dictionaries of a model's activations, or of a pair's."""
+"""`surgery sae train | measure | features | convert | list`: dictionaries of a model's activations, or of a pair's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from surgery.cli import frame, planned_run
+from surgery.cli import frame, planned_run, sae_features
 from surgery.cli.frame import Force, command, new_app, option
 from surgery.cli.train import watched
 from surgery.errors import SurgeryError
@@ -18,10 +18,12 @@ from surgery.errors import SurgeryError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from surgery.sae.evaluation import Measured
     from surgery.sae.recipe import Recipe
-    from surgery.sae.run import Measured, Run
+    from surgery.sae.run import Run
 
 app = new_app(help="Sparse autoencoders, transcoders and crosscoders: what is in a model's activations, or a pair's.")
+sae_features.register(app)
 
 
 def _recipes(incomplete: str) -> list[str]:
@@ -214,7 +216,7 @@ def quality_table(found: dict[str, Measured]) -> Table:
 
 
 def _plain(value: Any) -> Any:
-    from surgery.sae.run import plain
+    from surgery.sae.evaluation import plain
 
     return plain(value)
 
@@ -243,8 +245,9 @@ def measure(
     """  # fmt: skip
     import yaml
 
+    from surgery.sae.evaluation import measured
     from surgery.sae.formats import load
-    from surgery.sae.run import measured, opened
+    from surgery.sae.source import opened
     from surgery.sae.text import Reading, Text, text_rows
     from surgery.training.recipe import checked
 

@@ -48,7 +48,7 @@ def test_scaling_is_the_least_squares_factor():
         design = (f[at, j, None] * d).reshape(-1, 1)
 
         def beta(y):
-            return float(torch.linalg.lstsq(design, y[at].reshape(-1, 1)).solution)  # noqa: B023
+            return float(torch.linalg.lstsq(design, y[at].reshape(-1, 1).detach()).solution)  # noqa: B023
 
         left = x.double() - made
         own = f[:, j, None] * d
