@@ -9,6 +9,7 @@
 | the dictionary: encoder, decoder; transcoders and crosscoders too | `dictionary.py` |
 | what makes it sparse, and its losses: standard, gated, JumpReLU, TopK, BatchTopK, Matryoshka | `rules.py` |
 | from a recipe to dictionaries on disk, in one call | `run.py`, `recipe.py`, `recipes/` |
+| which activations a run reads; what its dictionaries are worth | `source.py`, `evaluation.py` |
 | training several dictionaries over one stream; what resuming needs | `train.py`, `checkpoints.py` |
 | activations of any site, of one model or of several on the same tokens, shuffled | `activations.py` |
 | texts as sequences of tokens, and which of them count | `text.py` |

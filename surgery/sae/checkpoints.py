@@ -15,22 +15,20 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from torch import Tensor
 
 from surgery.checkpoint.disk import reason, renamed
 from surgery.errors import SurgeryError
 from surgery.sae.recipe import Recipe
+from surgery.sae.source import Source
 from surgery.sae.train import AHEAD, Fitting
 from surgery.training.distributed import World
 from surgery.training.log import finite, read_metrics
 from surgery.training.recipe import as_words
 from surgery.training.signs import TrainingWarning
 from surgery.training.state import same_recipe
-
-if TYPE_CHECKING:
-    from surgery.sae.run import Source
 
 VERSION = 1
 

@@ -1,0 +1,135 @@
+"""The activations of a run: which models are read, on which text, to train on and held out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.anatomy import Site
+from surgery.errors import SurgeryError
+from surgery.sae.activations import Rows, Shuffled, Stream
+from surgery.sae.cache import Cached, identity, write
+from surgery.sae.dictionary import Dictionary
+from surgery.sae.evaluation import Measured, measured
+from surgery.sae.recipe import Recipe, rule_of, settings_of
+from surgery.sae.text import Counted, Text, counted, text_rows
+from surgery.sae.train import Entry
+from surgery.training import distributed
+from surgery.training.plan import HELD_OUT
+
+
+def opened(names: list[Any], precision: str = "float32", device: Any = "cpu") -> tuple[list[Any], Any]:
+    """Models and their tokenizer. Raises `SurgeryError` where they do not read the same tokens."""
+    from surgery.models import load, no_bars
+
+    if None in names:
+        raise SurgeryError("The recipe names no model.", hint="model: tiny-chain, or [base, tuned]")
+    with no_bars():
+        loaded = [load(str(name), precision, device) for name in names]
+    tokenizers = [tokenizer for _, tokenizer in loaded]
+    for name, other in zip(names[1:], tokenizers[1:], strict=True):
+        if other.get_vocab() != tokenizers[0].get_vocab():
+            raise SurgeryError(f"{name} has other tokens than {names[0]}, and both are to read the same.",
+                               hint="Pairs need one tokenizer.")  # fmt: skip
+    return [model for model, _ in loaded], tokenizers[0]
+
+
+class Source:
+    """The activations of a run: to train on, and held out."""
+
+    def __init__(self, recipe: Recipe, models: list[Any], tokenizer: Any, world: distributed.World) -> None:
+        self.recipe, self.models, self.tokenizer, self.world = recipe, models, tokenizer, world
+        self.text = Text(text_rows(recipe.data, recipe.folder, recipe.seed), tokenizer, recipe.reading, recipe.seed)
+        self.stream = self._stream(self.text)
+        self.shuffled = Shuffled(self.stream, size=recipe.buffer, batch=recipe.rows, seed=recipe.seed)
+        self.done = 0
+        """Batches of a cache that are behind."""
+
+    def _stream(self, batches: Iterable[Any], difference: bool | None = None) -> Stream:
+        apart = self.recipe.difference if difference is None else difference
+        return Stream(self.models, self.recipe.sites, batches, counted, self.tokenizer, apart, self.world)
+
+    def entries(self) -> dict[str, Entry]:
+        """Every dictionary as it begins; widths are those of the first batch of text."""
+        first = next(iter(self.text))
+        rows = self._stream([first]).read(first)
+        if not len(next(iter(rows.values()))):
+            raise SurgeryError(
+                "No token of the first texts counts.", hint="Look at reading.positions and reading.skip."
+            )
+        device = next(iter(rows.values())).device
+        found = {}
+        for name, one in self.recipe.dictionaries.items():
+            site, target = str(Site.parse(one.site)), None if one.target is None else str(Site.parse(one.target))
+            many = 1 if self.recipe.difference else len(self.models)
+            dictionary = Dictionary(
+                rows[site].shape[1], one.latents, rule_of(one.rule), d_out=rows[target or site].shape[1], models=many,
+                centered=target is None, skip=one.skip, seed=self.recipe.seed,
+            )  # fmt: skip
+            found[name] = Entry(site, dictionary.to(device), settings_of(self.recipe, one), target)
+        return found
+
+    def batches(self) -> Iterator[Rows]:
+        """Rows to train on, from where the run is."""
+        if self.recipe.cache is None:
+            yield from self.shuffled
+            return
+        cached = self._cached(self.recipe.folder / self.recipe.cache)
+        for rows in cached.batches(self.recipe.rows, seed=self.recipe.seed, begin=self.done):
+            self.done += 1
+            yield rows
+
+    def _cached(self, folder: Path) -> Cached:
+        if not folder.exists():
+            if self.world.size > 1:
+                raise SurgeryError(f"There is no cache {folder} yet, and several processes do not write one.",
+                                   hint="Write it by a run of one process, with steps=1.")  # fmt: skip
+            write(self._stream(UpTo(self.text, self.recipe.cache_rows)), folder, dtype=self.recipe.precision)
+        cached = Cached(folder, models=self.models, tokenizer=self.tokenizer)
+        for name in self.stream.names:
+            if name not in cached.names:
+                raise SurgeryError(f"The cache {folder} holds {', '.join(cached.names)}, and not '{name}'.",
+                                   hint="Write another one: name another folder.")  # fmt: skip
+        return cached
+
+    def held_out(self) -> list[Counted]:
+        """Text that is never trained on: of tasks without end, rows of another seed."""
+        many, recipe = self.recipe.evaluate.sequences, self.recipe
+        if self.text.rows.size != math.inf:
+            return self.text.held_out(many)
+        rows = text_rows(recipe.data, recipe.folder, recipe.seed + HELD_OUT)
+        return Text(rows, self.tokenizer, recipe.reading, recipe.seed).held_out(many)
+
+    def measured(self, entry: Entry) -> Measured:
+        """One dictionary on held-out text; every process does all of it."""
+        return measured(
+            entry.dictionary, self.models, self.held_out(), entry.site, entry.target, difference=self.recipe.difference,
+            loss=self.recipe.evaluate.loss, tokenizer=self.tokenizer,
+        )  # fmt: skip
+
+    def metadata(self, name: str) -> dict[str, Any]:
+        """What a dictionary's file says of where it belongs."""
+        one = self.recipe.dictionaries[name]
+        about = {"site": one.site, "target": one.target, "models": [str(m) for m in self.recipe.models],
+                 "difference": self.recipe.difference, "reading": self.recipe.reading.model_dump(mode="json"),
+                 "steps": self.recipe.steps, "rows": self.recipe.rows, "seed": self.recipe.seed}  # fmt: skip
+        return about | {"of": identity(self.models, self.tokenizer)}
+
+
+@dataclass
+class UpTo:
+    """The batches of a text until so many tokens have counted."""
+
+    text: Iterable[Counted]
+    rows: int
+
+    def __iter__(self) -> Iterator[Counted]:
+        seen = 0
+        for batch in self.text:
+            yield batch
+            seen += int(batch.counts.sum())
+            if seen >= self.rows:
+                return
