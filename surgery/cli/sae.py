@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from surgery.cli import frame, planned_run, sae_features
+from surgery.cli import frame, planned_run, sae_features, sae_tune
 from surgery.cli.frame import Force, command, new_app, option
 from surgery.cli.train import watched
 from surgery.errors import SurgeryError
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from surgery.sae.run import Run
 
 app = new_app(help="Sparse autoencoders, transcoders and crosscoders: what is in a model's activations, or a pair's.")
-sae_features.register(app)
 
 
 def _recipes(incomplete: str) -> list[str]:
@@ -339,3 +338,7 @@ def _names(title: str, rows: dict[str, str]) -> Table:
     for each, what in rows.items():
         table.add_row(each, what)
     return table
+
+
+sae_features.register(app)
+sae_tune.register(app)

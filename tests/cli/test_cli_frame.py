@@ -15,7 +15,7 @@ COMMANDS = [
     *(["vector", word] for word in ("extract", "apply", "combine", "inspect", "check", "export-lora")),
     *(["delta", word] for word in ("extract", "apply", "overlap", "convert")),
     *(["tune", word] for word in ("show", "select", "list")),
-    *(["sae", word] for word in ("train", "measure", "convert", "list")),
+    *(["sae", word] for word in ("train", "measure", "convert", "list", "features", "tune")),
 ]  # fmt: skip
 HEAVY = """
 import sys
