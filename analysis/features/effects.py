@@ -13,6 +13,7 @@ unchanged models; of a crosscoder D is the model's own part. Only tokens that th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -92,9 +93,7 @@ def _changed(
     of: Which,
 ) -> _Effects:  # fmt: skip
     """Every change of every latent: f -> what is added to it."""
-    groups = [tuple(g) if isinstance(g, (list, tuple)) else (int(g),) for g in _listed(latents)]
-    for group in groups:
-        reader.chosen(group)
+    groups = [tuple(reader.chosen(group)) for group in _listed(latents)]
     model, decoder, site = reader.model(of), reader.decoder(of), Site.parse(reader.writes)
     values, before = [], []
     metric = as_metric(metric)
@@ -117,7 +116,7 @@ def _changed(
 
 
 def _listed(latents: Latents) -> list[Any]:
-    found = [latents] if isinstance(latents, int) else list(latents)
+    found = [latents] if isinstance(latents, Integral) else list(latents)
     if not found:
         raise SurgeryError("No latents are named.")
     return found

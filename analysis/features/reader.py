@@ -10,16 +10,17 @@ count says `keep`: all but the first of each text, whose activations are sinks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from surgery.activations.interventions import unwrapped
-from surgery.anatomy import Site, anatomy_of
+from surgery.anatomy import anatomy_of
 from surgery.errors import SurgeryError
 from surgery.models import Batch, as_batch, encoded_prompts, pad_id
 from surgery.models.batch import padded
@@ -48,11 +49,6 @@ class Read(NamedTuple):
     def texts(self) -> Tensor:
         """(tokens,) the row of the batch that each kept token is in."""
         return self.kept.nonzero()[:, 0]
-
-    @property
-    def columns(self) -> Tensor:
-        """(tokens,) the column of each kept token."""
-        return self.kept.nonzero()[:, 1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,10 +124,10 @@ class Reader:
         return known[which]
 
     def chosen(self, latents: Sequence[int] | int | None) -> list[int]:
-        """Latents by number, all of them for None. Raises `SurgeryError` for one that the dictionary has not."""
+        """Latents by number, each once; all of them for None. Raises `SurgeryError` for one that the dictionary has not."""
         if latents is None:
             return list(range(self.dictionary.latents))
-        found = [int(j) for j in ([latents] if isinstance(latents, int) else latents)]
+        found = list(dict.fromkeys(int(j) for j in ([latents] if isinstance(latents, Integral) else latents)))
         if wrong := [j for j in found if not 0 <= j < self.dictionary.latents]:
             raise SurgeryError(f"The dictionary has no latent {wrong[0]}.",
                                hint=f"Its latents are 0 to {self.dictionary.latents - 1}.")  # fmt: skip
@@ -205,15 +201,3 @@ class Reader:
 def _is_text(thing: Any) -> bool:
     """A text, or the token ids of one: not yet a batch."""
     return isinstance(thing, str) or (isinstance(thing, list) and all(isinstance(i, int) for i in thing))
-
-
-def site_of(name: str) -> str:
-    """A site by any of its spellings, as we write it."""
-    return str(Site.parse(name))
-
-
-def chunks(rows: Iterable[int], size: int) -> Iterator[list[int]]:
-    """Lists of at most `size`."""
-    source = iter(rows)
-    while part := list(islice(source, size)):
-        yield part

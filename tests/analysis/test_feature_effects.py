@@ -96,6 +96,8 @@ def test_several_at_once_and_in_batches(models):
     a, b, *more = active(reader)
     found = ablate_latents(reader, PROMPTS, metric, [a, (a, b)])
     assert found.axes["latent"] == [a, (a, b)]
+    again = ablate_latents(reader, PROMPTS, metric, np.array([a])), ablate_latents(reader, PROMPTS, metric, [(a, a)])
+    assert all(np.array_equal(one.values[:, 0], found.values[:, 0]) for one in again)
     small = Reader(reader.dictionary, reader.models, SITE, models[2], batch_size=2)
     every = ablate_latents(small, PROMPTS, metric, [a, (a, b), b, *more])
     np.testing.assert_allclose(every.values[:, :2], found.values, atol=1e-5)
