@@ -50,6 +50,7 @@ bench: install    ## speed and memory against peers and floors (minutes; quiet m
 	$(BIN)/python experiments/benchmarks/tuco.py
 	$(BIN)/python experiments/benchmarks/logits.py
 	$(BIN)/python experiments/benchmarks/tuning.py
+	$(BIN)/python experiments/benchmarks/sae.py   # --peers: another environment
 
 claims: install   ## every experiment on the tiny family, from training to picture (three hours); ONLY=name for one
 	for name in $(or $(ONLY),$(CLAIMS)); do $(BIN)/python experiments/$$name.py || exit 1; done

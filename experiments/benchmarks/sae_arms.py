@@ -45,7 +45,8 @@ RULES: dict[str, tuple[str, ...]] = {
 PACKAGES = {SAELENS: ("sae_lens", "sae-lens"), SPARSIFY: ("sparsify", "eai-sparsify"),
             LEARNING: ("dictionary_learning", "dictionary-learning")}  # fmt: skip
 LR, STEPS = 3e-4, 100_000
-Step = Callable[[Tensor], None]
+Step = Callable[[Tensor], float]
+"""A training step on rows; its loss."""
 
 
 # ---- arms
@@ -60,15 +61,14 @@ def ours(rule: str, d: int, latents: int, k: int) -> Step:
     entry = Entry("site", Dictionary(d, latents, made), Settings(lr=LR))
     optimizer = _begun(entry)
 
-    def step(x: Tensor) -> None:
-        _step("it", entry, optimizer, {"site": x}, len(entry.log), STEPS)
+    def step(x: Tensor) -> float:
+        return _step("it", entry, optimizer, {"site": x}, len(entry.log), STEPS)["loss"]
 
     return step
 
 
 def dense(rule: str, d: int, latents: int, k: int) -> Step:
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(latents, d, generator=generator)
+    rows = torch.rand(latents, d, generator=torch.Generator().manual_seed(0)) * 2 - 1  # it begins as ours
     decoder = nn.Parameter(0.1 * rows / rows.norm(dim=1, keepdim=True))
     encoder, bias = nn.Parameter(decoder.detach().clone()), nn.Parameter(torch.zeros(latents))
     b_dec = nn.Parameter(torch.zeros(d))
@@ -76,7 +76,7 @@ def dense(rule: str, d: int, latents: int, k: int) -> Step:
     optimizer = torch.optim.Adam(parameters, lr=LR, fused=True)
     unused = torch.zeros(latents, dtype=torch.long)
 
-    def step(x: Tensor) -> None:
+    def step(x: Tensor) -> float:
         h = nn.functional.linear(x - b_dec, encoder, bias)
         scores = h.detach() * decoder.detach().norm(dim=1)
         if rule == "topk":
@@ -91,6 +91,7 @@ def dense(rule: str, d: int, latents: int, k: int) -> Step:
         optimizer.step()
         optimizer.zero_grad()
         unused.copy_(torch.where((f.detach() > 0).any(0), 0, unused + len(x)))
+        return float(loss.detach())
 
     return step
 
@@ -109,9 +110,10 @@ def saelens(rule: str, d: int, latents: int, k: int) -> Step:
     )
     trainer = SAETrainer(settings, kind(config(d_in=d, d_sae=latents, k=k)), iter([]))
 
-    def step(x: Tensor) -> None:
-        trainer.step(x)
+    def step(x: Tensor) -> float:
+        found = trainer.step(x)
         trainer.n_training_steps += 1
+        return float(found.loss.detach())
 
     return step
 
@@ -123,7 +125,7 @@ def sparsify(rule: str, d: int, latents: int, k: int) -> Step:
     optimizer = torch.optim.Adam(coder.parameters(), lr=LR, fused=True)
     unused, fired = torch.zeros(latents, dtype=torch.long), torch.zeros(latents, dtype=torch.bool)
 
-    def step(x: Tensor) -> None:
+    def step(x: Tensor) -> float:
         coder.set_decoder_norm_to_unit_norm()
         out = coder(x, dead_mask=unused > 10_000_000)
         fired[out.latent_indices.flatten()] = True
@@ -135,6 +137,7 @@ def sparsify(rule: str, d: int, latents: int, k: int) -> Step:
         unused.add_(len(x))
         unused[fired] = 0
         fired.zero_()
+        return float(out.fvu.detach())
 
     return step
 
@@ -149,10 +152,11 @@ def learning(rule: str, d: int, latents: int, k: int) -> Step:
     trainer = BatchTopKTrainer(STEPS, d, latents, k, layer=0, lm_name="x", device="cpu", lr=LR, warmup_steps=0)
     done = 0
 
-    def step(x: Tensor) -> None:
+    def step(x: Tensor) -> float:
         nonlocal done
-        trainer.update(done, x)
+        loss = trainer.update(done, x)
         done += 1
+        return loss
 
     return step
 

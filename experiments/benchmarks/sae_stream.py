@@ -24,8 +24,8 @@ from surgery.sae.train import Entry, Settings, fit
 
 Row = dict[str, Any]
 MODELS: dict[str, dict[str, Any]] = {
-    "tiny-base": {"layer": 2, "shape": (32, 64), "latents": 2048, "k": 16, "reads": 20},
-    "smollm2": {"layer": 15, "shape": (8, 128), "latents": 4608, "k": 32, "reads": 1},
+    "tiny-base": {"layer": 2, "shape": (64, 64), "latents": 2048, "k": 16, "reads": 4, "rounds": (11, 5)},
+    "smollm2": {"layer": 15, "shape": (4, 128), "latents": 4608, "k": 32, "reads": 1, "rounds": (7, 3)},
 }
 STEPS = 16
 """Of a fit: as many batches as the scale of activations is estimated on."""
@@ -62,10 +62,11 @@ class Timed:
             yield rows
 
 
-def stream(name: str, rounds: int, fast: bool = False) -> Row:
+def stream(name: str, fast: bool = False) -> Row:
     """Reading against the bare forward; then fits of one dictionary, of two, and of one on rows that are there."""
-    about = MODELS[name] | ({"shape": (8, 16), "latents": 128, "reads": 2} if fast else {})
+    about = MODELS[name] | ({"shape": (8, 16), "latents": 128, "reads": 2, "rounds": (1, 1)} if fast else {})
     model, _ = load(name, dtype="float32")
+    rounds = about["rounds"]
     site, shape = f"resid_post.{about['layer']}", about["shape"]
     generator = torch.Generator().manual_seed(0)
     vocabulary = anatomy_of(model).embed.weight.shape[0]
@@ -77,7 +78,7 @@ def stream(name: str, rounds: int, fast: bool = False) -> Row:
         nonlocal passes
         passes += 1
 
-    for turn in range(rounds + 1):
+    for turn in range(rounds[0] + 1):
         for what in ("forward", "reading"):
             began = process_time()
             if what == "forward":
@@ -94,7 +95,7 @@ def stream(name: str, rounds: int, fast: bool = False) -> Row:
     found: dict[str, list[float]] = {}
     made = lambda: Shuffled(Stream(model, site, ids), size=2 * batch, batch=batch, seed=0)  # noqa: E731
     there, counts = list(islice(made(), STEPS)), {}
-    for _ in range(rounds):
+    for _ in range(rounds[1]):
         for what, many, source in (("one", 1, made()), ("two", 2, made()), ("alone", 1, there)):
             passes = 0
             read, fitted = fits(site, many, source, there[0][site], about["latents"], about["k"])
