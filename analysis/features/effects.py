@@ -13,7 +13,6 @@ unchanged models; of a crosscoder D is the model's own part. Only tokens that th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from analysis.edges.gradients import at_a_time, passed
-from analysis.features.reader import Read, Reader, Which
+from analysis.features.reader import Read, Reader, Which, listed
 from analysis.metrics import Metric, as_metric
 from analysis.results import Result
 from surgery.activations.interventions import Call
@@ -116,7 +115,7 @@ def _changed(
 
 
 def _listed(latents: Latents) -> list[Any]:
-    found = [latents] if isinstance(latents, Integral) else list(latents)
+    found = listed(latents)
     if not found:
         raise SurgeryError("No latents are named.")
     return found

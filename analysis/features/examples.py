@@ -18,7 +18,7 @@ import numpy as np
 
 from analysis.features.best import Best, Seen, Tokens, lots
 from analysis.features.reader import Reader
-from analysis.features.words import spelled, token_text
+from analysis.features.words import spelled, token_text, token_texts
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Examples:
             if not found:
                 parts.append(Html(f"<p>latent {latent}: active in none of {self.texts} texts.</p>"))
                 continue
-            texts = [([self._word(i) for i in e.ids], e.activations.tolist(), e.ids) for e in found]
+            texts = [(token_texts(self.tokenizer, e.ids), e.activations.tolist(), e.ids) for e in found]
             top = float(self.largest[self._place(latent)])
             parts.append(coloured_many(texts, title=title or f"latent {latent}", captions=[_caption(e) for e in found],
                                        limits=(0.0, top), unit="activation"))  # fmt: skip
@@ -159,8 +159,9 @@ class Examples:
         lines = []
         for example in self.of(latent, kind)[:k]:
             line = Text(f"{example.value:8.3g}  ")
-            for i, (token, value) in enumerate(zip(example.ids, example.activations, strict=True)):
-                text = shown(self._word(token))
+            words = token_texts(self.tokenizer, example.ids)
+            for i, (word, value) in enumerate(zip(words, example.activations, strict=True)):
+                text = shown(word)
                 line.append(f"«{text}»" if i == example.peak else text, style=_style(float(value) / top))
             lines.append(line)
         return Text("\n").join(lines or [Text("   active in no text")])

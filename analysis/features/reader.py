@@ -124,10 +124,10 @@ class Reader:
         return known[which]
 
     def chosen(self, latents: Sequence[int] | int | None) -> list[int]:
-        """Latents by number, each once; all of them for None. Raises `SurgeryError` for one that the dictionary has not."""
+        """Latents by number, each once; all for None. Raises `SurgeryError` for one that the dictionary has not."""
         if latents is None:
             return list(range(self.dictionary.latents))
-        found = list(dict.fromkeys(int(j) for j in ([latents] if isinstance(latents, Integral) else latents)))
+        found = list(dict.fromkeys(int(j) for j in listed(latents)))
         if wrong := [j for j in found if not 0 <= j < self.dictionary.latents]:
             raise SurgeryError(f"The dictionary has no latent {wrong[0]}.",
                                hint=f"Its latents are 0 to {self.dictionary.latents - 1}.")  # fmt: skip
@@ -201,3 +201,8 @@ class Reader:
 def _is_text(thing: Any) -> bool:
     """A text, or the token ids of one: not yet a batch."""
     return isinstance(thing, str) or (isinstance(thing, list) and all(isinstance(i, int) for i in thing))
+
+
+def listed(things: Any) -> list[Any]:
+    """One number, of any library, or several, as a list."""
+    return [things] if isinstance(things, Integral) else list(things)

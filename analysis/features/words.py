@@ -41,6 +41,32 @@ def token_text(tokenizer: Any, token: int) -> str:
     return token_bytes(tokenizer, token).decode(errors="backslashreplace")
 
 
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Tokens that follow each other, as they read: a character of several tokens stands whole at the first of them,
+    and the others show their bytes."""
+    parts = [token_bytes(tokenizer, token) for token in ids]
+    whole, found, start, owed = b"".join(parts), [], 0, 0
+    for part in parts:
+        end, lead = start + len(part), min(owed, len(part))
+        stop = end
+        while lead < len(part) and stop < min(len(whole), end + 3) and whole[stop] & 0xC0 == 0x80:
+            stop += 1  # the rest of a character that begins here
+        if stop > end and not _is_text(whole[start + lead : stop]):
+            stop = end
+        both = part[:lead], whole[start + lead : stop]
+        found.append("".join(piece.decode(errors="backslashreplace") for piece in both))
+        start, owed = end, owed - lead + stop - end
+    return found
+
+
+def _is_text(part: bytes) -> bool:
+    try:
+        part.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def spelled(tokenizer: Any, ids: Sequence[int]) -> str:
     """Tokens as one text: characters of several tokens are whole again."""
     return b"".join(token_bytes(tokenizer, token) for token in ids).decode(errors="backslashreplace")
