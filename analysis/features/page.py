@@ -55,7 +55,7 @@ def feature_page(
     _fitting(dictionary, one, scaling)
     facts = facts_of(dictionary, sets, scaling, changes, effects)
     heads = ["latent", *dict.fromkeys(name for j in chosen for name in facts(j))]
-    rows = [[j, *(facts(j).get(name, "") for name in heads[1:])] for j in chosen]
+    rows = [[j, *(_there(facts(j).get(name, "")) for name in heads[1:])] for j in chosen]
     about = f"{dictionary.latents} latents at {one.site}; {one.texts} texts, {one.tokens} tokens."
     parts: list[Any] = [about, *_overview(scaling, changes, one), table(heads, rows, title="At a glance")]
     for j in chosen:
@@ -119,15 +119,22 @@ def _section(
     rule = "border-top:2px solid #111;margin:2em 0 0;padding-top:0.6em;font-size:1.1em"
     parts: list[Any] = [Html(f'<h2 id="latent-{latent}" style="{WORDS};{rule}">{escape(head)}</h2>')]
     numbers = {name: value for name, value in facts.items() if name not in ("kind", "fate")}
-    parts.append(table(list(numbers), [list(numbers.values())]))
+    parts.append(table(list(numbers), [[_there(value) for value in numbers.values()]]))
     if tokens is not None:
         said = [", ".join(f"{_quoted(token)} {value:+.2g}" for token, value in side) for side in tokens]
         parts += [f"promotes: {said[0]}", f"suppresses: {said[1]}"]
     for name, found in sets.items():
         place = found._place(latent)
         parts.append(_histogram(found.histogram[place], name))
+        if not found.fired[place]:
+            continue
         parts.append(found.html(latent, k=k, title=f"examples{f', {name}' if name else ''}"))
     return parts
+
+
+def _there(value: Any) -> Any:
+    """Nothing for what is not a number: the mean of a latent that is never active."""
+    return "" if isinstance(value, float) and np.isnan(value) else value
 
 
 def _quoted(token: str) -> str:
@@ -149,10 +156,11 @@ def _histogram(counts: np.ndarray, name: str) -> Html:
         for i, n in enumerate(part)
     )
     width = step * len(part)
-    ends = (
-        f'<text x="0" y="{high + 13}">{EDGES[first]:.3g}</text>'
-        f'<text x="{max(width, 120):.0f}" y="{high + 13}" text-anchor="end">{EDGES[last + 1]:.3g}</text>'
-    )
+    low, top = f"{EDGES[first]:.3g}", f"{EDGES[last + 1]:.3g}"
+    ends = f'<text x="0" y="{high + 13}">{low}</text>'
+    ends += f'<text x="{width:.0f}" y="{high + 13}" text-anchor="end">{top}</text>'
+    if width < 100:
+        ends = f'<text x="0" y="{high + 13}">{low} to {top}</text>'
     said = f"activations{f' in {name}' if name else ''}: {int(counts.sum())} tokens, at most {int(part.max())} a bar"
     return Html(
         f'<figure style="margin:0.6em 0"><svg role="img" width="{max(width, 120):.0f}" height="{high + 18}" '
