@@ -51,7 +51,7 @@ def tune(
     \b
     Examples:
     surgery sae tune sums --plan
-    surgery sae tune recipe.yaml --set "arms=[source, own, noise, sft]" -o runs/tuning
+    surgery sae tune recipe.yaml --set tuning.steps=100 -o runs/tuning
     """
     from surgery.sae.tune_recipe import load
 
