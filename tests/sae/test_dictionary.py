@@ -129,19 +129,21 @@ def test_transcoders_go_from_one_place_to_another(rule, skip):
 
 @pytest.mark.parametrize("rule", [TopK(k=6), BatchTopK(k=4.0), Matryoshka(k=4.0, widths=(20,))], ids=str)
 @pytest.mark.parametrize("many", [3, 30])
-def test_dead_latents_learn_what_is_left(rule, many):
+@pytest.mark.parametrize("models", [1, 2])
+def test_dead_latents_learn_what_is_left(rule, many, models):
     """Their term reaches encoder and decoder (in one released code the encoder gets nothing of it)."""
-    mine, x = dictionary(rule), batch()
+    width = D * models
+    mine, x = dictionary(rule, width, models=models), batch(width)
     dead = torch.zeros(LATENTS, dtype=torch.bool)
     dead[:many] = True
     p = {n: v.detach().clone().requires_grad_() for n, v in mine.named_parameters()}
     h = (x - p["b_dec"]) @ p["encoder"].T + p["bias"]
-    f, terms = DENSE[next(r for r in DENSE if type(r) is type(rule))](p, x - p["b_dec"], x, rule, 1)
+    f, terms = DENSE[next(r for r in DENSE if type(r) is type(rule))](p, x - p["b_dec"], x, rule, models)
     out = f @ p["decoder"] + p["b_dec"]
-    k = min(D // 2, many)
-    index = (h * norms(p)).masked_fill(~dead, -torch.inf).topk(k).indices
+    k = min(width // 2, many)
+    index = (h * norms(p, models)).masked_fill(~dead, -torch.inf).topk(k).indices
     aside = torch.zeros_like(h).scatter(1, index, h.gather(1, index)) @ p["decoder"]
-    term = min(1, many / (D // 2)) * squared(aside - (x - out).detach())
+    term = min(1, many / (width // 2)) * squared(aside - (x - out).detach())
     found = mine.trained(x, dead=dead)
     torch.testing.assert_close(found.terms["aux"], term)
     found.terms["aux"].backward()
