@@ -7,7 +7,7 @@ where the pick has a scale; a latent is used where its score is above 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from surgery.sae.codes import Layout, Pick, Pre, blocks
 
 Chosen = list[tuple[Tensor, Layout]]
+Kept = tuple[Tensor, Tensor, Tensor]
+"""Of some rows: scores and latents, row by row, and how many there are in each row."""
 SPARE = 2
 """How many times the wanted number of codes a choice over the batch looks at, as foretold by its first rows."""
 FEW = 1 << 19
@@ -42,53 +44,37 @@ class Dead:
 
 def top_k(pre: Pre, rows: int, latents: int, k: int, dead: Dead | None = None) -> Chosen:
     """The k largest of each row, those of them that are positive (arXiv:2406.04093)."""
-    found: list[list[tuple[Tensor, Tensor]]] = []
+    main, aside = [], []
     for part in blocks(rows, latents):
         h = pre(part)
-        found.append([largest(h, k), *([dead.of(h)] if dead is not None else [])])
-    pairs = [(torch.cat([v for v, _ in each]), torch.cat([i for _, i in each])) for each in zip(*found, strict=True)]
-    values, index = pairs[0]
+        main.append(largest(h, k))
+        if dead is not None:
+            aside.append(dead.of(h))
+    values, index = _joined(main)
     used = values > 0
-    return [(values[used], Layout.of(used, index, latents)), *(_all(v, i, latents) for v, i in pairs[1:])]
+    return [(values[used], Layout.of(used, index, latents)), *_beside(aside, latents)]
 
 
 def batch_top_k(pre: Pre, rows: int, latents: int, k: float, dead: Dead | None = None) -> Chosen:
     """The k x rows largest positive ones of the batch (BatchTopK, arXiv:2412.06410); of equal ones the first.
 
-    The first rows foretell a bound, only what lies above it is kept, and where that was too little all are looked at.
+    At least one of them. The first rows foretell a bound, and only what lies above it is kept; where that was too
+    little, all are looked at.
     """
-    wanted = round(k * rows)
-    parts, bound, aside = blocks(rows, latents), None, []
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
-    for part in parts:
-        h = pre(part)
-        if bound is None:
-            first = h[: max(1, FEW // latents)]
-            bound = _foretold(first, round(SPARE * k * len(first)))
-        kept.append(_above(h, bound))
-        if dead is not None:
-            aside.append(dead.of(h))
-    if sum(len(one[0]) for one in kept) < wanted and float(bound) > 0:  # type: ignore[arg-type]
-        kept = [_above(pre(part), torch.zeros_like(bound)) for part in parts]  # type: ignore[arg-type]
-    values, index, counts = (torch.cat([one[i] for one in kept]) for i in range(3))
-    if len(values) > wanted:
-        threshold = values.kthvalue(len(values) - wanted + 1).values
-        chosen = values > threshold
-        equal = (values == threshold).nonzero().view(-1)
-        chosen[equal[: wanted - int(chosen.sum())]] = True
-        owners = torch.arange(rows, device=values.device).repeat_interleave(counts)
-        values, index, counts = values[chosen], index[chosen], torch.bincount(owners[chosen], minlength=rows)
-    found = [(values, _layout(index, counts, latents))]
-    if dead is not None:
-        found.append(_all(torch.cat([v for v, _ in aside]), torch.cat([i for _, i in aside]), latents))
-    return found
+    wanted, parts = max(1, round(k * rows)), blocks(rows, latents)
+    first = slice(0, min(parts[0].stop, max(1, FEW // latents)))
+    bound = _foretold(pre(first), round(SPARE * k * first.stop))
+    kept, aside = _kept(pre, parts, wanted, bound, dead)
+    if len(kept[0]) < wanted and float(bound) > 0:
+        kept, _ = _kept(pre, parts, wanted, torch.zeros_like(bound))
+    values, index, counts = kept
+    return [(values, _layout(index, counts, latents)), *_beside(aside, latents)]
 
 
 def above(pre: Pre, rows: int, latents: int, threshold: Tensor) -> Chosen:
     """All that are positive and above their threshold, () or (latents,): BatchTopK and JumpReLU after training."""
     bound = threshold.clamp(min=0)
-    parts = [_above(pre(part), bound) for part in blocks(rows, latents)]
-    values, index, counts = (torch.cat([one[i] for one in parts]) for i in range(3))
+    values, index, counts = _joined([_above(pre(part), bound) for part in blocks(rows, latents)])
     return [(values, _layout(index, counts, latents))]
 
 
@@ -124,15 +110,55 @@ def _foretold(scores: Tensor, wanted: int) -> Tensor:
     return flat.kthvalue(len(flat) - wanted).values.clamp(min=0)
 
 
-def _above(h: Tensor, bound: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _above(h: Tensor, bound: Tensor) -> Kept:
     """Of numbers above a bound that is not below 0: the number, its latent, and how many there are in each row."""
     places = (h > bound).view(-1).nonzero().view(-1)
     return h.reshape(-1)[places], places % h.shape[1], torch.bincount(places // h.shape[1], minlength=len(h))
 
 
-def _all(values: Tensor, index: Tensor, latents: int) -> tuple[Tensor, Layout]:
-    """Every number of (rows, k) as a code."""
-    return values.reshape(-1), Layout.of(torch.ones_like(index, dtype=torch.bool), index, latents)
+def _kept(
+    pre: Pre, parts: Sequence[slice], wanted: int, bound: Tensor, dead: Dead | None = None
+) -> tuple[Kept, list[tuple[Tensor, Tensor]]]:
+    """Of what is above a bound the largest, as many as are wanted; and, by block, what of the dead is chosen beside.
+
+    The bound goes up where far more than that is above it, so that no more is held.
+    """
+    found: list[Kept] = []
+    aside: list[tuple[Tensor, Tensor]] = []
+    for part in parts:
+        h = pre(part)
+        found.append(_above(h, bound))
+        if dead is not None:
+            aside.append(dead.of(h))
+        if sum(len(values) for values, _, _ in found) > 2 * SPARE * wanted:
+            found = [_most(found, wanted)]
+            bound = found[0][0].min()
+    return _most(found, wanted), aside
+
+
+def _most(kept: Sequence[Kept], wanted: int) -> Kept:
+    """The largest of them, as many as are wanted, all together; of equal ones the first."""
+    values, index, counts = _joined(kept)
+    if len(values) <= wanted:
+        return values, index, counts
+    threshold = values.kthvalue(len(values) - wanted + 1).values
+    chosen = values > threshold
+    equal = (values == threshold).nonzero().view(-1)
+    chosen[equal[: wanted - int(chosen.sum())]] = True
+    owners = torch.arange(len(counts), device=values.device).repeat_interleave(counts)
+    return values[chosen], index[chosen], torch.bincount(owners[chosen], minlength=len(counts))
+
+
+def _beside(aside: Sequence[tuple[Tensor, Tensor]], latents: int) -> Chosen:
+    """What of the dead is chosen, (rows, k) by block: every number is a code."""
+    if not aside:
+        return []
+    values, index = _joined(aside)
+    return [(values.reshape(-1), Layout.of(torch.ones_like(index, dtype=torch.bool), index, latents))]
+
+
+def _joined(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(each) for each in zip(*parts, strict=True))
 
 
 def _layout(index: Tensor, counts: Tensor, latents: int) -> Layout:

@@ -136,6 +136,20 @@ def test_the_sparse_path_is_never_dense(monkeypatch, rule, dead_after):
     assert control.found == size * latents
 
 
+@pytest.mark.parametrize("times", [0.0, 0.1, 10.0])
+def test_rows_at_the_beginning_may_foretell_nothing(monkeypatch, times):
+    """Codes are the batch's largest, and no more of them are held on the way than a few times those, and a block."""
+    monkeypatch.setattr(sparse, "BLOCK", 32 * 800)
+    dictionary, x = Dictionary(16, 800, BatchTopK(k=3.0, by_norm=False), seed=1), rows(1, 2048)[0]["a"]
+    x[:100] *= times
+    with Largest() as largest, torch.no_grad():
+        found = dictionary.trained(x)
+    assert int(found.fired.sum()) == 3 * 2048 and largest.found <= 8 * 3 * 2048
+    h = dictionary.pre(x).relu()
+    f = h * (h >= h.flatten().topk(3 * 2048).values[-1])
+    torch.testing.assert_close(found.output, f @ dictionary.decoder + dictionary.b_dec)
+
+
 @pytest.mark.parametrize("shape", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("final", [0.0, 0.1])
 def test_every_shape_of_the_learning_rate_trains_as_it_comes(shape, final):
