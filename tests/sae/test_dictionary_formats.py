@@ -122,7 +122,7 @@ def test_what_is_saved_comes_back(tmp_path, name):
 
 def test_norms_are_folded_and_a_threshold_of_the_batch_stays_one_number(tmp_path):
     mine = dictionary(BatchTopK(k=4.0))
-    save(mine, tmp_path / "x")
+    save(mine, tmp_path / "x", "saelens")
     stored, norms = load_file(tmp_path / "x" / "sae_weights.safetensors"), mine.norms().detach()
     torch.testing.assert_close(stored["W_dec"].norm(dim=1), torch.ones(LATENTS), rtol=TINY, atol=0)
     torch.testing.assert_close(stored["W_enc"], (mine.encoder * norms[:, None]).T.detach(), rtol=TINY, atol=0)
@@ -137,7 +137,7 @@ def test_latents_without_a_direction_are_not_used_after_folding(tmp_path):
     mine = dictionary(TopK(k=40))
     with torch.no_grad():
         mine.decoder[3] = 0
-    save(mine, tmp_path / "x")
+    save(mine, tmp_path / "x", "saelens")
     found, _ = load(tmp_path / "x")
     assert not found.encoder[3].any() and not found.decoder.isnan().any()
     assert not found.codes(batch()).dense()[:, 3].any()
@@ -148,7 +148,7 @@ def test_latents_without_a_direction_are_not_used_after_folding(tmp_path):
 def test_thresholds_below_zero_are_those_of_a_relu(tmp_path):
     """The packages take the ReLU first; a value below 0 never passes, whatever the threshold."""
     mine = dictionary(JumpRelu())
-    save(mine, tmp_path / "x")
+    save(mine, tmp_path / "x", "saelens")
     file = tmp_path / "x" / "sae_weights.safetensors"
     stored = load_file(file)
     stored["threshold"] = -stored["threshold"]
@@ -165,7 +165,7 @@ def test_a_scale_of_activations_is_folded_into_everything_that_depends_on_it(tmp
     """Of a checkpoint of a training: E, D, b_dec, the threshold (of values times norms). Upstream was wrong 3 times."""
     mine = dictionary(BatchTopK(k=4.0))
     tensors = {"W_enc": mine.encoder.T, "b_enc": mine.bias, "W_dec": mine.decoder, "b_dec": mine.b_dec}
-    save(mine, tmp_path / "x")
+    save(mine, tmp_path / "x", "saelens")
     stored = {n: t.detach().contiguous().clone() for n, t in tensors.items()} | {"topk_threshold": mine.threshold}
     save_file(stored, tmp_path / "x" / "sae_weights.safetensors")
     config = {"architecture": "batchtopk", "d_in": D, "d_sae": LATENTS, "k": 4.0, "topk_threshold_lr": 0.02,
@@ -226,7 +226,7 @@ def test_codes_can_be_trained_further(tmp_path):
 
 def test_old_flat_configs_and_the_smallest_one(tmp_path):
     mine = dictionary(TopK(k=5, by_norm=False))
-    save(mine, tmp_path / "x")
+    save(mine, tmp_path / "x", "saelens")
     for config in (
         {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 5}, "hook_point": "blocks.1.hook_resid_post",
          "hook_point_layer": 1, "normalize_activations": False},
@@ -243,7 +243,7 @@ def test_old_flat_configs_and_the_smallest_one(tmp_path):
 
 def test_nothing_is_overwritten_without_force_and_nothing_is_left_behind(tmp_path):
     mine = dictionary(TopK(k=5))
-    save(mine, tmp_path / "x")
+    save(mine, tmp_path / "x", "saelens")
     with pytest.raises(SurgeryError, match="exists already"):
         save(mine, tmp_path / "x", "sparsify")
     save(mine, tmp_path / "x", "sparsify", force=True)
@@ -253,16 +253,16 @@ def test_nothing_is_overwritten_without_force_and_nothing_is_left_behind(tmp_pat
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     mine = dictionary(TopK(k=5))
-    save(mine, tmp_path / "x")
+    save(mine, tmp_path / "x", "saelens")
     before = (tmp_path / "x" / "cfg.json").read_bytes()
     with pytest.raises(SurgeryError, match="metadata can't be written as JSON"):
-        save(mine, tmp_path / "x", metadata={"model": object()}, force=True)
+        save(mine, tmp_path / "x", "saelens", metadata={"model": object()}, force=True)
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(formats.files, "_write_tensors", full)
     with pytest.raises(SurgeryError, match="No space left"):
-        save(mine, tmp_path / "x", force=True)
+        save(mine, tmp_path / "x", "saelens", force=True)
     assert (tmp_path / "x" / "cfg.json").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["x"]

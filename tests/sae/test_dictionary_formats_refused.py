@@ -16,7 +16,7 @@ from surgery.sae.rules import BatchTopK, Gated, Matryoshka, Standard, TopK
 
 def test_a_transcoder_of_one_width_subtracts_nothing_whatever_its_config_leaves_out(tmp_path):
     mine = dictionary(Standard(), centered=False)
-    save(mine, tmp_path / "x", metadata=LIKE | {"hook_name_out": "blocks.1.hook_mlp_out"})
+    save(mine, tmp_path / "x", "saelens", metadata=LIKE | {"hook_name_out": "blocks.1.hook_mlp_out"})
     config = json.loads((tmp_path / "x" / "cfg.json").read_text())
     assert config["architecture"] == "transcoder" and config["d_out"] == D
     changed(tmp_path / "x", apply_b_dec_to_input=None)
@@ -128,7 +128,7 @@ def changed(folder, tensors=None, **config):
     ],
 )
 def test_damaged_folders_of_saelens(tmp_path, tensors, config, told):
-    save(dictionary(TopK(k=5)), tmp_path / "x")
+    save(dictionary(TopK(k=5)), tmp_path / "x", "saelens")
     changed(tmp_path / "x", tensors, **config)
     with pytest.raises(SurgeryError, match=told):
         load(tmp_path / "x")
@@ -208,7 +208,7 @@ def test_folders_that_are_none(tmp_path):
     ):
         with pytest.raises(SurgeryError, match=told):
             load(path)
-    save(mine, tmp_path / "two")
+    save(mine, tmp_path / "two", "saelens")
     (tmp_path / "many" / "layers.1" / "sae.safetensors").rename(tmp_path / "two" / "sae.safetensors")
     with pytest.raises(SurgeryError, match="files of saelens and sparsify"):
         load(tmp_path / "two")
@@ -221,7 +221,7 @@ def test_folders_that_are_none(tmp_path):
 
 
 def test_files_that_are_cut_off_or_lead_elsewhere(tmp_path):
-    save(dictionary(TopK(k=5)), tmp_path / "x")
+    save(dictionary(TopK(k=5)), tmp_path / "x", "saelens")
     file = tmp_path / "x" / "sae_weights.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-4])
