@@ -4,14 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from claims import EXPERIMENTS, RESULTS
 
-from surgery.tasks import TASKS
-
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-RESULTS = EXPERIMENTS / "results"
 README = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
 
 TABLES = {
@@ -20,19 +16,6 @@ TABLES = {
     "smollm2_merges": lambda module, report: module.markdown(report["scores"]),
 }
 """What each experiment prints, made again from its JSON."""
-
-
-@pytest.fixture
-def experiment(request, monkeypatch):
-    """One script as a module. It may register tasks and import its neighbours: afterwards all is as before."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    tasks, modules = dict(TASKS), set(sys.modules)
-    yield __import__(request.param)
-    for name in set(TASKS) - set(tasks):
-        del TASKS[name]
-    for name in set(sys.modules) - modules:
-        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(EXPERIMENTS)):
-            del sys.modules[name]
 
 
 def shape(thing, depth=3):

@@ -1,10 +1,6 @@
-"""The claim about a real model tuned in four ways runs from end to end; the table of claims quotes its results."""
+"""Inside the claim about a real model tuned in four ways."""
 
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +8,7 @@ import torch
 from surgery.errors import SurgeryError
 from surgery.tuning import select
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-RESULTS = EXPERIMENTS / "results"
-CLAIMS = ["smollm2_tuning"]
+EXPERIMENT = "smollm2_tuning"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,75 +19,38 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """The script as a module; it and its neighbours are forgotten afterwards."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    modules = set(sys.modules)
-    yield __import__(CLAIMS[0])
-    for name in set(sys.modules) - modules:
-        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(EXPERIMENTS)):
-            del sys.modules[name]
-
-
-def test_the_readme_quotes_the_stored_results(script):
-    readme = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
-    report = json.loads((RESULTS / "smollm2_tuning.json").read_text())
-    lines = [line for line in script.markdown(report["summary"]).splitlines() if line]
-    assert len(lines) == 2 + 5 + 2 + 3 + 2 + 4
-    assert [line for line in lines if line not in readme.splitlines()] == []
-    assert "results/smollm2_tuning.png" in readme and "experiments/smollm2_tuning.py" in readme
-    assert (RESULTS / "smollm2_tuning.json").stat().st_size < 100_000
-    assert (RESULTS / "smollm2_tuning.png").stat().st_size < 100_000
-    script.check(report)
-
-
-def test_it_runs(script, tmp_path):
-    command = [sys.executable, str(EXPERIMENTS / "smollm2_tuning.py"), "--fast", "--out", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SURGERY_CACHE": str(tmp_path / "cache")}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert run.returncode == 0, run.stderr
-    report = json.loads((tmp_path / "smollm2_tuning.json").read_text())
-    stored = json.loads((RESULTS / "smollm2_tuning.json").read_text())
-    assert report.keys() == stored.keys()
-    assert script.markdown(report["summary"]) in run.stdout
-    assert (tmp_path / "smollm2_tuning.png").read_bytes().startswith(b"\x89PNG")
-    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").glob("*chain*"))
-    script.check(report)
-
-
-def test_without_the_data_it_says_so(script, monkeypatch, capsys, tmp_path):
+def test_without_the_data_it_says_so(experiment, monkeypatch, capsys, tmp_path):
     def missing(*_):
         raise SurgeryError("SVAMP is missing.")
 
-    monkeypatch.setattr(script, "svamp", missing)
+    monkeypatch.setattr(experiment, "svamp", missing)
     monkeypatch.setattr(sys, "argv", ["smollm2_tuning.py", "--out", str(tmp_path / "out")])
-    script.main()
+    experiment.main()
     assert "Nothing was run: SVAMP is missing." in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
-def found(script, lift=0.0, texts=(0.1, 0.1), peak=400.0, seconds=1.0):
+def found(experiment, lift=0.0, texts=(0.1, 0.1), peak=400.0, seconds=1.0):
     """Results in which LIFT is apart from full fine-tuning by what is given; LoRA and HFT are the same as it."""
 
     def values(shift):
         each = {"target": [shift[0] + 0.01 * i for i in range(8)], "right": [0.0, 1.0]}
         return each | {name: [by + 0.01 * i for i in range(8)] for name, by in zip("ab", shift[1:], strict=True)}
 
-    arms = {"base": (-2.0, 0.2, 0.2), **dict.fromkeys(script.ARMS, (0.0, 0.0, 0.0)), "LIFT": (lift, *texts)}
-    cost = {arm: {"seconds": [1.0, 1.0], "peak": [1000.0]} for arm in script.ARMS}
+    arms = {"base": (-2.0, 0.2, 0.2), **dict.fromkeys(experiment.ARMS, (0.0, 0.0, 0.0)), "LIFT": (lift, *texts)}
+    cost = {arm: {"seconds": [1.0, 1.0], "peak": [1000.0]} for arm in experiment.ARMS}
     cost["LIFT"] = {"seconds": [seconds, seconds], "peak": [peak]}
-    sweep = {a: [{"lr": "1", "validation": -2.0}, {"lr": "2", "validation": -1.0}] for a in script.ARMS}
+    sweep = {a: [{"lr": "1", "validation": -2.0}, {"lr": "2", "validation": -1.0}] for a in experiment.ARMS}
     return {"values": {arm: values(shift) for arm, shift in arms.items()}, "cost": cost, "sweep": sweep,
-            "moving": dict.fromkeys(script.ARMS, 5)}  # fmt: skip
+            "moving": dict.fromkeys(experiment.ARMS, 5)}  # fmt: skip
 
 
 @pytest.mark.parametrize("more, verdict", [
     ({}, "held"), ({"lift": -0.04}, "held"), ({"lift": -0.06}, "did not hold"), ({"texts": (0.1, 0.0)}, "in part"),
     ({"texts": (-0.1, -0.1)}, "did not hold"),
 ])  # fmt: skip
-def test_verdicts_follow_the_rule(script, more, verdict):
-    summary = script.summarised(found(script, **more))
+def test_verdicts_follow_the_rule(experiment, more, verdict):
+    summary = experiment.summarised(found(experiment, **more))
     assert summary["verdicts"]["LIFT against full"] == summary["verdicts"]["LIFT against LoRA"] == verdict
     assert summary["verdicts"]["HFT against full"] == "did not hold", "it is the same in every text"
     assert summary["arms"]["LIFT"]["lr"] == "2", "the rate with the likelier validation problems"
@@ -103,16 +60,16 @@ def test_verdicts_follow_the_rule(script, more, verdict):
     ({}, (True, True, True)), ({"peak": 501.0}, (False, True, True)), ({"peak": 1001.0}, (False, False, True)),
     ({"seconds": 1.06}, (True, True, False)),
 ])  # fmt: skip
-def test_what_a_step_may_cost(script, more, so):
-    summary = script.summarised(found(script, **more))
+def test_what_a_step_may_cost(experiment, more, so):
+    summary = experiment.summarised(found(experiment, **more))
     assert tuple(summary["cost"].values()) == (*so, False) and summary["verdicts"]["cost"] == "in part"
     assert summary["arms"]["LIFT"]["times full"] == more.get("seconds", 1.0)
 
 
-def test_passages_are_spread_over_the_text(script):
-    model, tokenizer = script.open_model("tiny-base")
+def test_passages_are_spread_over_the_text(experiment):
+    model, tokenizer = experiment.open_model("tiny-base")
     text = "abcd" * 200
-    told = script.passages(model, tokenizer, text, 4)
+    told = experiment.passages(model, tokenizer, text, 4)
     width = min(256, model.config.max_position_embeddings)
     ids = torch.tensor([tokenizer(text[200:], add_special_tokens=False)["input_ids"][:width]])
     with torch.no_grad():
@@ -122,17 +79,17 @@ def test_passages_are_spread_over_the_text(script):
 
 
 @pytest.mark.real
-def test_smollm2_at_its_size(script):
+def test_smollm2_at_its_size(experiment):
     """The numbers that move, and one step that moves those of LIFT alone."""
-    model, tokenizer = script.open_model("smollm2")
-    moves = {arm: script.moving(arm, model) for arm in script.ARMS}
+    model, tokenizer = experiment.open_model("smollm2")
+    moves = {arm: experiment.moving(arm, model) for arm in experiment.ARMS}
     assert moves["full"] == 134_515_008 and moves["LIFT"] == pytest.approx(0.05 * 106_168_320, abs=210)
     assert moves["LoRA"] == 17 * 305_280 and 0.4 < moves["HFT"] / moves["full"] < 0.7
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    chosen = select(model, "lift", density=script.DENSITY, rank=32)
+    chosen = select(model, "lift", density=experiment.DENSITY, rank=32)
     words = {"objective": "sft", "steps": 1, "batch": {"rows": 1}, "chat": True, "optimizer": {"lr": 1e-3}}
     rows = [{"prompt": "What is 3 + 4?", "completion": "3 + 4 = 7\n#### 7"}]
-    script.train(model, tokenizer, data=rows, tuning=chosen, **words)
+    experiment.train(model, tokenizer, data=rows, tuning=chosen, **words)
     masks, moved = chosen.masks(), 0
     for name, p in model.named_parameters():
         apart = p.detach() != before[name]
