@@ -98,6 +98,9 @@ class Scaling:
             line(0, color="0.8", zorder=0)
         right.set(xlabel="nu of what is left (high: shrinkage)", ylabel="nu of the reconstruction\n(high: decoupling)")
         right.locator_params(nbins=5)
+        if not bool((mostly | only).any()):
+            right.set(xlim=(-0.1, 1.1), ylim=(-0.1, 1.1))
+            right.text(0.5, 0.5, "no latent leans to the tuned model", ha="center", color="0.3")
         right.legend(frameon=False, fontsize="small", title="by norm", title_fontsize="small")
         return figure
 

@@ -15,6 +15,10 @@
 | train.py   | `train`                                                           |
 | recipes.py | `recipes list`, `recipes show`                                    |
 | rollouts.py | `rollouts inspect`                                               |
+| tune.py    | `tune list`, `show`, `select`                                     |
+| delta.py   | `delta extract`, `apply`, `overlap`, `convert`                    |
+| sae.py     | `sae train`, `measure`, `convert`, `list`                         |
+| sae_features.py, sae_tune.py | `sae features`, `sae tune`                      |
 | demo.py    | `demo`                                                            |
 
 Around them: frame.py (global options, what is said and how), models.py (names of models and vectors), composed.py

@@ -63,7 +63,7 @@ def train(
     \b
     Examples:
     surgery sae train batchtopk -o runs/dictionary
-    surgery sae train crosscoder --model tiny-base --model tiny-shift --set steps=200 --plan
+    surgery sae train crosscoder --model tiny-base --model tiny-chain --set data=chain --plan
     surgery sae train recipe.yaml -o runs/mine --resume
     torchrun --nproc_per_node 2 -m surgery.cli sae train sweep -o runs/sweep
     """

@@ -38,7 +38,7 @@ def test_train_says_what_the_dictionaries_are_worth(trained, capsys):
     assert json.loads((trained / "recipe.json").read_text())["steps"] == 6
     code, found, _ = told(capsys, "sae", "measure", str(trained / "dictionaries" / "middle"), "--data", "chain",
                           "--sequences", "4")  # fmt: skip
-    assert code == 0 and found["models"] == ["tiny-base", "tiny-chain"] and found["site"] == "resid_post.2"
+    assert code == 0 and found["models"] == ["tiny-base", "tiny-shift"] and found["site"] == "resid_post.2"
     assert found["l0"] > 0 and len(found["with mean ablation"]) == 2
     assert main(["sae", "measure", str(trained / "dictionaries" / "middle"), "--data", "chain", "--context", "32",
                  "--sequences", "4"]) == 0  # fmt: skip
