@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -28,18 +28,21 @@ from surgery.sae.rules import RULES, Rule
 from surgery.sae.text import Reading
 from surgery.sae.train import Settings
 from surgery.training import recipe as recipes
-from surgery.training.recipe import CheckpointSettings, OptimizerSettings, Part
+from surgery.training.recipe import CheckpointSettings, Part
 
 PACKAGED = Path(__file__).parent / "recipes"
 NAME = re.compile(r"[\w][\w.-]*")
 
 
-class Optimizer(OptimizerSettings):
+class Optimizer(Part):
     """Adam and its learning rate."""
 
     lr: float = Field(3e-4, ge=0)
-    weight_decay: float = Field(0.0, ge=0, le=0, description="dictionaries have none")
-    shape: Any = "constant"
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = Field(1.0, ge=0, description="largest norm of the gradient (0: never clipped)")
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: float = Field(0.0, ge=0, description="share of the run, or steps when 1 or more")
+    final: float = Field(0.0, ge=0, le=1, description="share of the peak at the end")
 
 
 class OneDictionary(Part):
@@ -80,7 +83,7 @@ class Recipe(Part):
     optimizer: Optimizer = Optimizer()  # type: ignore[call-arg]
     evaluate: Evaluation = Evaluation()  # type: ignore[call-arg]
     checkpoint: CheckpointSettings = CheckpointSettings(every=1000)  # type: ignore[call-arg]
-    precision: str = Field("float32", pattern="float32|bfloat16", description="of the models; dictionaries are float32")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the models; dictionaries are float32")
     seed: int = 0
     output: Path | None = None
     folder: Path = Field(Path("."), exclude=True, description="where files that the recipe names are looked up")
