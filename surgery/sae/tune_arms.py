@@ -155,14 +155,21 @@ def shuffled_source(target: nn.Module, source: nn.Module, seed: int) -> nn.Modul
 
     Raises `SurgeryError` where the two have not the same tensors.
     """
+    check_shapes(target, source)
     found = copy.deepcopy(target)
     there = dict(source.named_parameters())
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in found.named_parameters():
-        if name not in there or there[name].shape != parameter.shape:
-            raise SurgeryError(f"The source's change can't be shuffled: it has no '{name}' like the target's.",
-                               hint="Leave out the arm 'shuffled', or take a source of the same shapes.")  # fmt: skip
         change = (there[name].to(parameter.device).float() - parameter.float()).flatten()
         order = torch.randperm(len(change), generator=generator).to(change.device)
         parameter.add_(change[order].view_as(parameter).to(parameter.dtype))
     return found
+
+
+def check_shapes(target: nn.Module, source: nn.Module) -> None:
+    """Raises `SurgeryError` where the source has other tensors than the target: no change between them is known."""
+    there = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        if name not in there or there[name].shape != parameter.shape:
+            raise SurgeryError(f"The source's change can't be shuffled: it has no '{name}' like the target's.",
+                               hint="Leave out the arm 'shuffled', or take a source of the same shapes.")  # fmt: skip

@@ -36,7 +36,7 @@ from surgery.sae.recipe import rule_of
 from surgery.sae.text import Text, text_rows
 from surgery.sae.train import Entry, Settings, fit
 from surgery.sae.tune import tune
-from surgery.sae.tune_arms import ARMS, Bench, shuffled_source
+from surgery.sae.tune_arms import ARMS, Bench, check_shapes, shuffled_source
 from surgery.sae.tune_recipe import Recipe, check
 from surgery.training.data import ListRows, Row, Rows
 from surgery.training.recipe import as_words
@@ -100,8 +100,11 @@ def run(
     check(recipe)
     out = out or recipe.output
     runs = Runs(None if out is None else Path(out))
-    runs.begin(recipe, force)
+    runs.check(recipe, force)
     target, source, tokenizer = opened(recipe) if models is None else models
+    if "shuffled" in recipe.arms:
+        check_shapes(target, source)
+    runs.begin(recipe, force)
     test, validation = held_out(recipe)
     scored = {name: list(map(float, score(model, tokenizer, test)))
               for name, model in {"target": target, "source": source}.items()}  # fmt: skip
@@ -322,26 +325,25 @@ class Runs:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
-    def begin(self, recipe: Recipe, force: bool = False) -> None:
-        """Raises `SurgeryError` for a folder that is finished, of another recipe, or of something else.
+    def check(self, recipe: Recipe, force: bool = False) -> None:
+        """Raises `SurgeryError` for a folder that is finished, of another recipe, or (with `force` too) of no runs."""
+        if self.folder is None or not self.folder.exists():
+            return
+        file = self.folder / "recipe.json"
+        if not (file.is_file() and (self.folder / "runs").is_dir()):
+            raise SurgeryError(f"{self.folder} exists, and is no folder of such runs.", hint="Choose another folder.")
+        if not force:
+            self._same(json.loads(file.read_text(encoding="utf-8")), _words(recipe))
 
-        `force` empties it, where it is of such runs.
-        """
+    def begin(self, recipe: Recipe, force: bool = False) -> None:
+        """A folder to write to: one that was begun is gone on with, or with `force` emptied."""
         if self.folder is None:
             return
-        file, words = self.folder / "recipe.json", as_words(recipe)
-        words.pop("output")
-        if self.folder.exists():
-            ours = file.is_file() and (self.folder / "runs").is_dir()
-            if not ours:
-                raise SurgeryError(f"{self.folder} exists, and is no folder of such runs.",
-                                   hint="Choose another folder.")  # fmt: skip
-            if not force:
-                self._same(json.loads(file.read_text(encoding="utf-8")), words)
-                return
+        self.check(recipe, force)
+        if self.folder.exists() and force:
             shutil.rmtree(self.folder)
-        (self.folder / "runs").mkdir(parents=True)
-        _write(file, words)
+        (self.folder / "runs").mkdir(parents=True, exist_ok=True)
+        _write(self.folder / "recipe.json", _words(recipe))
 
     def _same(self, before: Mapping[str, Any], words: Mapping[str, Any]) -> None:
         key = next((k for k in sorted(before.keys() | words.keys()) if before.get(k) != words.get(k)), None)
@@ -373,6 +375,11 @@ class Runs:
         """The result, last."""
         if self.folder is not None:
             _write(self.folder / "result.json", found.to_dict())
+
+
+def _words(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON, without where it goes."""
+    return {key: value for key, value in as_words(recipe).items() if key != "output"}
 
 
 def _write(file: Path, words: Any) -> None:

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from helpers import SPECIAL, tiny_checkpoint
 
 from surgery.cli import sae_tune
 from surgery.cli.frame import new_app
@@ -17,7 +18,7 @@ from surgery.sae.stand_in import Noise
 from surgery.sae.tune_arms import ARMS, Bench, shuffled_source, untrained
 from surgery.sae.tune_recipe import PACKAGED, answer_only, make
 from surgery.sae.tune_recipe import load as load_recipe
-from surgery.sae.tune_run import Apart, Lab, Outcome, Runs, apart, held_out, run
+from surgery.sae.tune_run import Apart, Lab, Outcome, Runs, apart, held_out, opened, run
 from surgery.training.data import ListRows, rows_of
 
 torch.set_num_threads(1)
@@ -232,12 +233,19 @@ def test_recipes_that_are_wrong(words, told):
         make(WORDS | words)
 
 
-def test_models_of_other_tokens_are_refused():
-    from surgery.sae.tune_run import opened
+def test_models_that_do_not_fit_are_refused(tmp_path, models):
+    other = tiny_checkpoint(tmp_path / "other", tokens=[*SPECIAL, *"abcdefgh"])
+    with pytest.raises(SurgeryError, match="read different tokens"):
+        opened(make(WORDS | {"source": str(other)}))
+    small = load("tiny-small-base")[0]
+    with pytest.raises(SurgeryError, match="can't be shuffled"):
+        run(make(WORDS | {"arms": ["shuffled"]}), Scored(), models=(models[0], small, models[2]), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
-    assert len(opened(make(WORDS))) == 3
-    for file in PACKAGED.glob("*.yaml"):
-        assert load_recipe(file.stem, ["tuning.lr=1e-4"]).tuning.rates == [1e-4]
+
+def test_the_packaged_recipes_are_whole():
+    assert [file.stem for file in PACKAGED.glob("*.yaml")] == ["sums"]
+    assert load_recipe("sums", ["tuning.lr=1e-4"]).tuning.rates == [1e-4]
 
 
 # ---- the command
