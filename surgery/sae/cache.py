@@ -51,9 +51,10 @@ def identity(models: Iterable[nn.Module], tokenizer: Any = None) -> dict[str, An
 
 
 def write(
-    stream: Stream, folder: str | Path, *, shard_rows: int = 1 << 17, dtype: str = "float32", force: bool = False
-) -> Path:
-    """Reads all of `stream` into `folder`; `dtype` is float32, bfloat16 or float16.
+    stream: Stream, folder: str | Path, *, shard_rows: int = 1 << 17, dtype: str = "float32",
+    note: dict[str, Any] | None = None, force: bool = False,
+) -> Path:  # fmt: skip
+    """Reads all of `stream` into `folder`; `dtype` is float32, bfloat16 or float16. `note`: what else to say of it.
 
     The stream's `batches` are iterated over from the start when a run goes on. Raises `SurgeryError` when the folder
     exists without `force`, when what was begun there is of other activations, and for a stream without rows.
@@ -66,7 +67,7 @@ def write(
         raise SurgeryError(f"{folder} exists.", hint="Choose another folder, or pass force=True.")
     partial = folder.with_name(f".{folder.name}.partial")
     about = {"kind": "activations", "version": VERSION, "sites": stream.names, "dtype": dtype,
-             "difference": stream.difference, "of": identity(stream.models, stream.tokenizer)}  # fmt: skip
+             "difference": stream.difference, "note": note, "of": identity(stream.models, stream.tokenizer)}  # fmt: skip
     shards: list[dict[str, int]] = _begun(partial, about)
     seen = shards[-1]["batches"] if shards else 0
     held: list[Rows] = []
@@ -135,6 +136,7 @@ class Cached:
             kind, version, shards = words["kind"], words["version"], words["shards"]
             self.names: list[str] = words["sites"]
             self.of: dict[str, Any] = words["of"]
+            self.note: dict[str, Any] | None = words.get("note")
         except (OSError, ValueError, KeyError) as error:
             raise SurgeryError(f"{folder} holds no activations: {error}.", hint="cache.write makes them.") from None
         if kind != "activations" or version > VERSION:

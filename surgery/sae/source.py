@@ -19,6 +19,7 @@ from surgery.sae.text import Counted, Text, counted, text_rows
 from surgery.sae.train import Entry
 from surgery.training import distributed
 from surgery.training.plan import HELD_OUT
+from surgery.training.recipe import as_words
 
 
 def opened(names: list[Any], precision: str = "float32", device: Any = "cpu") -> tuple[list[Any], Any]:
@@ -87,13 +88,23 @@ class Source:
             if self.world.size > 1:
                 raise SurgeryError(f"There is no cache {folder} yet, and several processes do not write one.",
                                    hint="Write it by a run of one process, with steps=1.")  # fmt: skip
-            write(self._stream(UpTo(self.text, self.recipe.cache_rows)), folder, dtype=self.recipe.precision)
+            up_to = UpTo(self.text, self.recipe.cache_rows)
+            write(self._stream(up_to), folder, dtype=self.recipe.precision, note=self._note())
         cached = Cached(folder, models=self.models, tokenizer=self.tokenizer)
+        for key, value in self._note().items():
+            if cached.note is not None and cached.note.get(key) != value:
+                raise SurgeryError(f"The cache {folder} was written with another `{key}`.",
+                                   hint="Name another folder for it, or take that one away.")  # fmt: skip
         for name in self.stream.names:
             if name not in cached.names:
                 raise SurgeryError(f"The cache {folder} holds {', '.join(cached.names)}, and not '{name}'.",
                                    hint="Write another one: name another folder.")  # fmt: skip
         return cached
+
+    def _note(self) -> dict[str, Any]:
+        """What of the recipe a cache is made by."""
+        words = as_words(self.recipe)
+        return {key: words[key] for key in ("data", "reading", "cache_rows", "difference", "precision", "seed")}
 
     def held_out(self) -> list[Counted]:
         """Text that is never trained on: of tasks without end, rows of another seed."""

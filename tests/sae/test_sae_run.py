@@ -106,6 +106,8 @@ def test_a_cached_run_goes_on_bit_for_bit_and_reads_no_model_twice(tmp_path):
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()} == before
     with pytest.raises(SurgeryError, match="other weights"):
         run(words | {"model": "tiny-chain"}, tmp_path / "other")
+    with pytest.raises(SurgeryError, match="was written with another `reading`"):
+        run(words | {"reading": {"context": 24, "batch": 4}}, tmp_path / "else")
     with pytest.raises(SurgeryError, match="holds resid_post.1, and not 'resid_post.2'"):
         run(words | {"dictionaries": {"one": {"site": "resid_post.2", "latents": 99}}}, tmp_path / "another")
 
