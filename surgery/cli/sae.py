@@ -12,7 +12,7 @@ import typer
 
 from surgery.cli import frame, planned_run, sae_features, sae_tune
 from surgery.cli.frame import Force, command, new_app, option
-from surgery.cli.train import watched
+from surgery.cli.train import Out, PlanOnly, Resume, watched
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -37,11 +37,6 @@ Name = Annotated[
 Changes = Annotated[list[str] | None, option("Change a key of it; repeatable.", "--set", metavar="KEY=VALUE")]
 Models = Annotated[list[str] | None, option("Read this model; twice: base and tuned, for a crosscoder.", "--model",
                                             metavar="MODEL", default="the recipe's")]  # fmt: skip
-Out = Annotated[
-    Path | None, option("Folder of the run.", "--out", "-o", metavar="DIR", default="the recipe's, else runs/NAME")
-]
-Resume = Annotated[bool, option("Go on from the last checkpoint in that folder, bit for bit.", "--resume")]
-PlanOnly = Annotated[bool, option("Only say what would run and the memory it takes.", "--plan", "--dry-run")]
 Data = Annotated[str | None, option("Texts: a file, a task, or as `data` in a recipe.", metavar="DATA",
                                     default="a task of the model's")]  # fmt: skip
 

@@ -66,8 +66,8 @@ def write(
     if folder.exists() and not force:
         raise SurgeryError(f"{folder} exists.", hint="Choose another folder, or pass force=True.")
     partial = folder.with_name(f".{folder.name}.partial")
-    about = {"kind": "activations", "version": VERSION, "sites": stream.names, "dtype": dtype,
-             "difference": stream.difference, "note": note, "of": identity(stream.models, stream.tokenizer)}  # fmt: skip
+    about = {"kind": "activations", "version": VERSION, "sites": stream.names, "dtype": dtype, "note": note,
+             "difference": stream.difference, "of": identity(stream.models, stream.tokenizer)}  # fmt: skip
     shards: list[dict[str, int]] = _begun(partial, about)
     seen = shards[-1]["batches"] if shards else 0
     held: list[Rows] = []
