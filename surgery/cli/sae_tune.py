@@ -121,7 +121,7 @@ def _table(numbers: dict[str, Any], words: Recipe) -> Table:
     for name, arm in numbers["arms"].items():
         share = arm["recovered"]
         told = "" if share is None else f"{share['mean']:.2f} [{share['low']:.2f}, {share['high']:.2f}]"
-        table.add_row(name, f"{arm['accuracy']:.3f}", told, arm["site"] or "", f"{arm['lr']:g}")
+        table.add_row(name, f"{arm['accuracy']:.3f}", told, arm["site"] or "", f"{arm['lr']:g}" if arm["lr"] else "")
     return table
 
 

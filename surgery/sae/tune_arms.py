@@ -54,10 +54,11 @@ class Bench:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train; `site`: whether it has one."""
+    """One way to train: whether something stands in at a site, and whether anything is trained."""
 
     make: Callable[[Bench], Setup | None]
     site: bool
+    trained: bool
 
     @property
     def what(self) -> str:
@@ -68,11 +69,13 @@ class Arm:
 ARMS: Registry[Arm] = Registry("arm")
 
 
-def arm(name: str, *, site: bool = True) -> Callable[[Callable[[Bench], Setup | None]], Callable[..., Any]]:
+def arm(
+    name: str, *, site: bool = True, trained: bool = True
+) -> Callable[[Callable[[Bench], Setup | None]], Callable[..., Any]]:
     """Files a function under `name`."""
 
     def add(make: Callable[[Bench], Setup | None]) -> Callable[[Bench], Setup | None]:
-        ARMS.register(name)(Arm(make, site))
+        ARMS.register(name)(Arm(make, site, trained))
         return make
 
     return add
@@ -132,7 +135,7 @@ def sft(bench: Bench) -> Setup:
     return Setup(labels=1.0)
 
 
-@arm("unchanged", site=False)
+@arm("unchanged", site=False, trained=False)
 def unchanged(bench: Bench) -> None:
     """The target as it is."""
 

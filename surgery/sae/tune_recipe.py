@@ -123,10 +123,10 @@ class Recipe(Part):
         return self.site if isinstance(self.site, list) else [self.site]
 
     def choices(self, arm: str) -> list[tuple[str, float]]:
-        """What is tried of an arm: (site, learning rate); of an arm without a site one of them, unused."""
+        """What is tried of an arm: (site, learning rate). Without a site one of them, unused; untrained, a rate of 0."""
         known = ARMS.lookup(arm)
         sites = self.sites if known.site else self.sites[:1]
-        rates = self.tuning.rates if arm != "unchanged" else self.tuning.rates[:1]
+        rates = self.tuning.rates if known.trained else [0.0]
         return [(site, rate) for site in sites for rate in rates]
 
 

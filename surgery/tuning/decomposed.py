@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -198,7 +199,9 @@ def _adapted(
     config = LoraConfig(r=rank, lora_dropout=dropout, bias="none", task_type="CAUSAL_LM", **options)
     with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
         torch.manual_seed(seed)
-        tuned: Any = get_peft_model(model, config)
+        with warnings.catch_warnings():  # of transformers, about a name that PEFT asks it by
+            warnings.simplefilter("ignore", FutureWarning)
+            tuned: Any = get_peft_model(model, config)
     return tuned
 
 
