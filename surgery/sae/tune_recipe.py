@@ -123,7 +123,7 @@ class Recipe(Part):
         return self.site if isinstance(self.site, list) else [self.site]
 
     def choices(self, arm: str) -> list[tuple[str, float]]:
-        """What is tried of an arm: (site, learning rate). Without a site one of them, unused; untrained, a rate of 0."""
+        """What is tried of an arm: (site, learning rate). Without a site the first; untrained, a rate of 0."""
         known = ARMS.lookup(arm)
         sites = self.sites if known.site else self.sites[:1]
         rates = self.tuning.rates if known.trained else [0.0]
