@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from surgery import zoo
+from surgery.checkpoint.reader import open_checkpoint
 from surgery.errors import SurgeryError
 from surgery.training import objectives
 from surgery.training.curriculum import CURRICULA, Curriculum
@@ -83,6 +85,10 @@ def _tuning(recipe: Recipe) -> Tuning | None:
                            hint="Keep one of them; with tuning, `modules` and `frozen` narrow it down.")  # fmt: skip
     if recipe.parallel == "fsdp2" and not isinstance(tuning, Lora | Corda):
         raise SurgeryError("Selections are of whole parameters, and FSDP2 cuts them up.", hint="Use parallel: ddp.")
+    if isinstance(tuning, Sparse) and isinstance(tuning.sibling, str | Path):
+        open_checkpoint(zoo.resolved(str(tuning.sibling)))  # refuses what is no model
+    if isinstance(tuning, Corda) and tuning.data is not None:
+        tuning = replace(tuning, data=rows_of(located(tuning.data, recipe.folder), recipe.seed))
     return tuning
 
 

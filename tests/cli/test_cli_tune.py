@@ -99,6 +99,8 @@ def test_list_shows_every_tuning_and_the_options_it_takes(capsys):
         (["show", "sft", "--set", "tuning={lift: {direction: up}}"], "largest, smallest"),
         (["show", "sft", "--set", "tuning={lift: {refresh: -1}}"], "'refresh' is 0 or more"),
         (["show", "sft", "--set", "tuning={fisher: {batches: 0}}"], "'batches' is 1 or more"),
+        (["show", "sft", "--set", "tuning={delta: {sibling: nowhere}}"], "nowhere"),
+        (["show", "sft", "--set", "tuning={corda: {data: no.jsonl}}"], "no data file no.jsonl"),
         (["show", "sft", "--set", "tuning={lora: {rank: 0}}"], "'rank' is 1 or more"),
         (["show", "sft", "--set", "tuning={lora: {rank: 1.5}}"], "takes a whole number for rank"),
         (["show", "sft", "--set", "tuning={lora: {alpha: 0}}"], "alpha of a LoRA is above 0"),
