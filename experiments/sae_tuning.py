@@ -48,8 +48,9 @@ from analysis.plots import HATCHES
 from analysis.results import Result
 from surgery import zoo
 from surgery.models import load
+from surgery.sae.tune_files import Runs
 from surgery.sae.tune_recipe import Recipe, make
-from surgery.sae.tune_run import Lab, Outcome, Runs, held_out, opened, run
+from surgery.sae.tune_run import Lab, Outcome, held_out, opened, run
 from surgery.weights.vector import TaskVector
 
 RECIPE: dict[str, Any] = {

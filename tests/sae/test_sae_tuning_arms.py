@@ -16,9 +16,10 @@ from surgery.sae.formats import load as load_dictionary
 from surgery.sae.rules import BatchTopK, TopK
 from surgery.sae.stand_in import Noise
 from surgery.sae.tune_arms import ARMS, Bench, shuffled_source, untrained
+from surgery.sae.tune_files import Runs
 from surgery.sae.tune_recipe import PACKAGED, answer_only, make
 from surgery.sae.tune_recipe import load as load_recipe
-from surgery.sae.tune_run import Apart, Lab, Outcome, Runs, apart, held_out, opened, run
+from surgery.sae.tune_run import Apart, Lab, Outcome, apart, held_out, opened, run
 from surgery.training.data import ListRows, rows_of
 
 torch.set_num_threads(1)
