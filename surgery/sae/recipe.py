@@ -74,7 +74,7 @@ class Recipe(Part):
     difference: bool = Field(False, description="of two models: a dictionary of what the second adds to the first")
     data: Any = Field(None, description="texts: see surgery.sae.text")
     reading: Reading = Reading()  # type: ignore[call-arg]
-    cache: Path | None = Field(None, description="folder for activations on disk, written first and read again")
+    cache: Path | None = Field(None, description="folder of activations on disk: written if it is not there, then read")
     cache_rows: int = Field(1 << 20, ge=1, description="rows that a cache is filled with")
     dictionaries: dict[str, OneDictionary] = Field(default_factory=dict)
     steps: int = Field(1000, ge=1, description="steps of the optimizer")

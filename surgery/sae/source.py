@@ -78,7 +78,7 @@ class Source:
         if self.recipe.cache is None:
             yield from self.shuffled
             return
-        cached = self._cached(self.recipe.folder / self.recipe.cache)
+        cached = self._cached(self.recipe.cache.expanduser())
         for rows in cached.batches(self.recipe.rows, seed=self.recipe.seed, begin=self.done):
             self.done += 1
             yield rows
