@@ -1,19 +1,14 @@
-"""The claim about a real model's dictionary : what its parts do."""
+"""Inside the claim about a real model's dictionary."""
 
-import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from surgery.errors import SurgeryError
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-RESULTS = EXPERIMENTS / "results"
-CLAIMS = ["smollm2_dictionary"]
+EXPERIMENT = "smollm2_dictionary"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,64 +19,27 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """The script as a module; it and its neighbours are forgotten afterwards."""
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    modules = set(sys.modules)
-    yield __import__(CLAIMS[0])
-    for name in set(sys.modules) - modules:
-        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(EXPERIMENTS)):
-            del sys.modules[name]
-
-
-def test_the_readme_quotes_the_stored_results(script):
-    readme = (EXPERIMENTS / "README.md").read_text(encoding="utf-8").splitlines()
-    report = json.loads((RESULTS / f"{CLAIMS[0]}.json").read_text())
-    lines = [line for line in script.markdown(report["summary"]).splitlines() if line]
-    assert len(lines) >= 24
-    assert [line for line in lines if line not in readme] == []
-    assert any(f"results/{CLAIMS[0]}.png" in line for line in readme)
-    assert any(f"experiments/{CLAIMS[0]}.py" in line for line in readme)
-    assert (RESULTS / f"{CLAIMS[0]}.json").stat().st_size < 100_000
-    assert (RESULTS / f"{CLAIMS[0]}.png").stat().st_size < 100_000
-    script.check(report)
-
-
-def test_it_runs(script, tmp_path):
-    command = [sys.executable, str(EXPERIMENTS / f"{CLAIMS[0]}.py"), "--fast", "--out", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SURGERY_CACHE": str(tmp_path / "cache")}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert run.returncode == 0, run.stderr
-    report = json.loads((tmp_path / f"{CLAIMS[0]}.json").read_text())
-    stored = json.loads((RESULTS / f"{CLAIMS[0]}.json").read_text())
-    assert report.keys() == stored.keys()
-    assert script.markdown(report["summary"]) in run.stdout
-    assert (tmp_path / f"{CLAIMS[0]}.png").read_bytes().startswith(b"\x89PNG")
-    script.check(report)
-
-
-def test_without_the_data_it_says_so(script, monkeypatch, capsys, tmp_path):
+def test_without_the_data_it_says_so(experiment, monkeypatch, capsys, tmp_path):
     def missing(*_):
         raise SurgeryError("GSM8K is missing.")
 
-    monkeypatch.setattr(script, "gsm8k", missing)
+    monkeypatch.setattr(experiment, "gsm8k", missing)
     monkeypatch.setattr(sys, "argv", ["smollm2_dictionary.py", "--out", str(tmp_path / "out")])
-    script.main()
+    experiment.main()
     assert "Nothing was run: GSM8K is missing." in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
-def test_what_stands_before_every_problem_does_not_count(script):
-    one = script.Setting(None, None, None, "", {"a": [[7, 8, 1], [7, 8, 2, 3]]}, {}, 2, 1, 1, 1, 1, 1)
-    batch = script.Batch.of([[7, 8, 1, 4], [9, 8, 1, 4], [7, 8, 5, 0]], [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0]])
+def test_what_stands_before_every_problem_does_not_count(experiment):
+    one = experiment.Setting(None, None, None, "", {"a": [[7, 8, 1], [7, 8, 2, 3]]}, {}, 2, 1, 1, 1, 1, 1)
+    batch = experiment.Batch.of([[7, 8, 1, 4], [9, 8, 1, 4], [7, 8, 5, 0]], [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0]])
     assert one.keep(batch).int().tolist() == [[0, 0, 1, 1], [0, 1, 1, 1], [0, 0, 1, 0]]
-    short = script.Batch.of([[7]])
+    short = experiment.Batch.of([[7]])
     assert one.keep(short).int().tolist() == [[0]]
 
 
-def test_texts_with_a_sink_are_not_held_out(script):
-    one = script.tiny()
+def test_texts_with_a_sink_are_not_held_out(experiment):
+    one = experiment.tiny()
     texts = one.held_out["copy"][:6]
     found = one.read(texts, float("inf"))
     half = one.base.config.hidden_size
@@ -92,45 +50,46 @@ def test_texts_with_a_sink_are_not_held_out(script):
     together = torch.cat([rows["resid_post.1"] for rows in one.stream([one.base, one.tuned], texts)])
     alone = torch.cat([rows for _, rows in sorted(found, key=lambda each: len(each[0]))])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
-    (kept,) = script.read_as("x", iter([{"x": together}]), bound)
+    (kept,) = experiment.read_as("x", iter([{"x": together}]), bound)
     assert len(kept["pair"]) == int((together[:, :half].norm(dim=1) <= bound).sum())
     torch.testing.assert_close(kept["difference"], kept["pair"][:, half:] - kept["base"])
 
 
-def test_controls_are_what_they_say(script):
+def test_controls_are_what_they_say(experiment):
     rows = torch.randn(400, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([9.0, 5, 3, 1, 1, 1]) + 4
-    made = script.components(rows, 3)
+    made = experiment.components(rows, 3)
     centred = rows.double() - rows.double().mean(0)
     values = torch.linalg.eigvalsh(centred.T @ centred)
-    quality = script.measure(made, [rows])
+    quality = experiment.measure(made, [rows])
     assert quality.fvu == pytest.approx(float(values[:3].sum() / values.sum()), rel=1e-4)
     assert quality.l0 == pytest.approx(3, abs=1e-6)
-    at_random = script.directions(rows, 40, 3)
-    fitted = script.measure(at_random, [rows]).fvu
+    at_random = experiment.directions(rows, 40, 3)
+    fitted = experiment.measure(at_random, [rows]).fvu
     assert fitted < 1
     with torch.no_grad():
         at_random.decoder.mul_(1.1)
-    assert script.measure(at_random, [rows]).fvu > fitted, "no other factor is better"
+    assert experiment.measure(at_random, [rows]).fvu > fitted, "no other factor is better"
 
 
-def test_change_and_the_latents_that_changed(script):
-    active = script.np.zeros((2, 10, 4), dtype=int)
+def test_change_and_the_latents_that_changed(experiment):
+    active = experiment.np.zeros((2, 10, 4), dtype=int)
     active[:, :, 0] = 5  # the same
     active[1, :, 1] = [3, 4, 5, 4, 3, 4, 5, 4, 3, 4]  # new
     active[0, ::2, 2] = active[1, 1::2, 2] = 2  # as often, elsewhere
-    found = script.Changed([0, 1, 2, 3], active, active.astype(float), active.min(0).sum(0), script.np.full(10, 20))
-    mean, sure = script.differing(found)
+    tokens = experiment.np.full(10, 20)
+    found = experiment.Changed([0, 1, 2, 3], active, active.astype(float), active.min(0).sum(0), tokens)
+    mean, sure = experiment.differing(found)
     assert sure.tolist() == [False, True, False, False] and mean[1] == pytest.approx(3.9 / 20)
-    assert script.change(found)[0] == pytest.approx((3 + 2) / (5 + 2 + 5 + 3))
+    assert experiment.change(found)[0] == pytest.approx((3 + 2) / (5 + 2 + 5 + 3))
 
 
 @pytest.mark.real
-def test_smollm2_at_its_size(script, monkeypatch):
+def test_smollm2_at_its_size(experiment, monkeypatch):
     """What is read of the real model: widths, the prefix, and held-out passages as long as the problems."""
     if not os.environ.get("SURGERY_DATA"):
         pytest.skip("SURGERY_DATA is not set")
-    monkeypatch.setattr(script, "cached", lambda _: "smollm2")  # the fine-tuning takes minutes
-    one = script.real()
+    monkeypatch.setattr(experiment, "cached", lambda _: "smollm2")  # the fine-tuning takes minutes
+    one = experiment.real()
     assert one.tokenizer.decode(one.texts["GSM8K"][0][: one.prefix]).endswith("<|im_start|>user\n")
     lengths = {kind: [len(ids) for ids in each] for kind, each in one.held_out.items()}
     assert [n - one.prefix for n in lengths["GSM8K"]] == [n - 1 for n in lengths["plays"]]
