@@ -283,7 +283,10 @@ def _histograms(found: Examples, latents: list[int], title: str) -> Figure:
             part = slice(there[0], there[-1] + 1)
             axis.stairs(counts[part], EDGES[part.start : part.stop + 1], fill=True, color="0.7", edgecolor="black",
                         linewidth=0.8)  # fmt: skip
+            edges = EDGES[[part.start, (part.start + part.stop) // 2, part.stop]]
             axis.set_xscale("log", base=2)
+            axis.set_xticks(np.unique(edges), [f"{edge:.3g}" for edge in np.unique(edges)])
+            axis.minorticks_off()
         axis.set(xlabel="activation", ylabel="tokens")
         bare(axis)
     for axis in axes[len(latents) :]:

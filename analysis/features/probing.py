@@ -168,6 +168,8 @@ def _checked(codes: Any, labels: Sequence[Any], ks: Sequence[int], folds: int) -
         layout = codes.layout
         index = (layout.rows.cpu().numpy(), layout.index.cpu().numpy())
         codes = csr_matrix((codes.values.detach().cpu().double().numpy(), index), shape=(len(layout), layout.latents))
+    if isinstance(codes, tuple):
+        raise SurgeryError("Codes are one matrix, found several things.", hint="codes, raw = pooled(reader, texts)")
     matrix = csr_matrix(codes if issparse(codes) else np.asarray(codes, dtype=np.float64))
     matrix.eliminate_zeros()
     if matrix.shape[0] != len(labels):

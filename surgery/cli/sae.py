@@ -37,8 +37,9 @@ Name = Annotated[
 Changes = Annotated[list[str] | None, option("Change a key of it; repeatable.", "--set", metavar="KEY=VALUE")]
 Models = Annotated[list[str] | None, option("Read this model; twice: base and tuned, for a crosscoder.", "--model",
                                             metavar="MODEL", default="the recipe's")]  # fmt: skip
-Data = Annotated[str | None, option("Texts: a file, a task, or as `data` in a recipe.", metavar="DATA",
-                                    default="a task of the model's")]  # fmt: skip
+Data = Annotated[
+    str | None, option("Texts, to be named: a file, a task, or as `data` in a recipe.", metavar="DATA", default="none")
+]
 
 
 @command(app, "train")
@@ -70,7 +71,7 @@ def train(
         frame.STATE.quiet, frame.STATE.json = True, False
     words = load(recipe, changes or ())
     if models:
-        words = words.model_copy(update={"model": models if len(models) > 1 else models[0]})
+        words = words.model_copy(update={"model": _named(models, words)})
     folder = out or words.output or Path("runs") / words.name
     if not plan:
         check_folder(folder, resume)
@@ -96,6 +97,14 @@ def train(
         raise
     _tell(words, run, folder, warnings, time.perf_counter() - began)
     return None
+
+
+def _named(models: list[str], recipe: Recipe) -> str | list[str]:
+    """What --model names, for `model` of the recipe. Raises `SurgeryError` where a pair's recipe gets one model."""
+    if len(models) < len(recipe.models):
+        raise SurgeryError(f"{recipe.name} reads {len(recipe.models)} models, and --model names {len(models)}.",
+                           hint="Name base and tuned: --model BASE --model TUNED.")  # fmt: skip
+    return models if len(models) > 1 else models[0]
 
 
 def _watched(recipe: Recipe, folder: Path, resume: bool) -> tuple[Run, list[str]]:
@@ -142,8 +151,13 @@ def _planned(recipe: Recipe, folder: Path, resume: bool) -> dict[str, Any]:
         "dictionaries": {name: _described(one, numbers[name]) for name, one in recipe.dictionaries.items()},
         "updates": f"{frame.count(recipe.steps, 'step')} of {recipe.rows:,} activations; seed {recipe.seed}",
         "memory": memory | {"in all": sum(memory.values())},
-        "output": f"{folder}" + (" (going on)" if resume else ""),
+        "output": f"{folder}" + (_going_on(folder) if resume else ""),
     }
+
+
+def _going_on(folder: Path) -> str:
+    step = planned_run.last_checkpoint(folder)
+    return f" (going on from step {step:,})" if step else " (no checkpoint there: from the beginning)"
 
 
 def _described(one: Any, numbers: int) -> str:
@@ -254,6 +268,12 @@ def measure(
     if data is None:
         raise SurgeryError("There is no text to measure it on.", hint="--data texts.txt, or --data chain")
     target = None if site else about.get("target")
+    many = 2 if about.get("difference") else loaded.models
+    if len(named) != many:
+        hint = "--model BASE --model TUNED" if many == 2 else "Name each that it reads."
+        raise SurgeryError(
+            f"{dictionary} reads {frame.count(many, 'model')}, and --model names {len(named)}.", hint=hint
+        )
     networks, tokenizer = opened(list(named), precision)
     told: dict[str, Any] = about.get("reading") or {}
     reading = checked(Reading, told | ({"context": context} if context else {}))

@@ -104,7 +104,9 @@ class Stream:
         for name in self.names:
             values = [part[name][kept.to(part[name].device)].flatten(1).float() for part in parts]
             if len({value.shape[1] for value in values}) > 1:
-                raise SurgeryError(f"'{name}' has widths of {[value.shape[1] for value in values]} in these models.")
+                raise SurgeryError(f"'{name}' has widths of {[value.shape[1] for value in values]} in these models.",
+                                   hint="What reads several models at once needs one width: take a model and its "
+                                   "fine-tuning.")  # fmt: skip
             values = [value.to(values[0].device) for value in values]
             rows = values[1] - values[0] if self.difference else torch.cat(values, 1)
             if not bool(rows.isfinite().all()):

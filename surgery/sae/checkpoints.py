@@ -141,7 +141,11 @@ class Checkpoints:
     def _claim(self, words: Mapping[str, Any], position: int) -> None:
         """The folder with its recipe, the log as long as it was, and nothing of an interrupted write."""
         assert self.out is not None
-        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SurgeryError(f"The folder {self.out} can't be made ({reason(error)}).",
+                               hint="Choose another one: --out DIR.") from None  # fmt: skip
         for left in (*self.out.glob(".checkpoint.*"), *self.out.glob(".dictionaries.*")):
             shutil.rmtree(left, ignore_errors=True)
         (self.out / "recipe.json").write_text(json.dumps(words, indent=1) + "\n", encoding="utf-8")

@@ -29,7 +29,7 @@ from surgery.sae.sparsity import Dead, above, batch_top_k, settings, top_k
 if TYPE_CHECKING:
     from surgery.sae.dictionary import Dictionary
 
-RULES: Registry[type[Rule]] = Registry("dictionary")
+RULES: Registry[type[Rule]] = Registry("rule for a dictionary")
 
 
 class Trained(NamedTuple):
@@ -211,7 +211,8 @@ class TopK(Rule):
 
     def check(self, latents: int) -> None:
         if not 0 < self.k <= latents:
-            raise SurgeryError(f"A row can't use {self.k:g} of {latents:,} latents.", hint="k is 1 or more, and below.")
+            raise SurgeryError(f"A row can't use {self.k:g} of {latents:,} latents.",
+                               hint=f"k is more than 0 and at most {latents:,}.")  # fmt: skip
 
     def train(self, of: Dictionary, x: Tensor, target: Tensor, dead: Tensor | None, warm: float) -> Trained:
         many = 0 if dead is None or not self.aux else int(dead.sum())

@@ -93,6 +93,8 @@ def train(
         models, tokenizer = opened(recipe.models, recipe.precision, world.device)
     models = list(models) if isinstance(models, list | tuple) else [models]
     source = Source(recipe, models, tokenizer, world)
+    if recipe.evaluate.sequences:
+        source.held_out()  # text too short for it is found out before the training, not behind it
     entries = source.entries()
     fitting = Fitting(entries, recipe.steps, world)
     kept = Checkpoints(folder, recipe, world)
@@ -130,7 +132,9 @@ def train(
 
 
 def check_folder(out: Path, resume: bool) -> None:
-    """Raises `SurgeryError` when a new run would write over another one, or a finished one is to go on."""
+    """Raises `SurgeryError` when a new run would write over another one, a finished one is to go on, or for a file."""
+    if file := next((path for path in (out, *out.parents) if path.is_file()), None):
+        raise SurgeryError(f"{file} is a file, and a run needs a folder.", hint="Choose another folder: --out DIR.")
     finished, begun = (out / "dictionaries").exists(), (out / "metrics.jsonl").exists()
     if resume and finished:
         raise SurgeryError(f"The run in {out} is finished.", hint="For a new one choose another folder.")
@@ -169,7 +173,8 @@ def _written(
         last = max((path.name for path in out.glob("checkpoint-*")), default=None)
         raise SurgeryError(f"The dictionaries could not be written to {out} ({told.rstrip('.')}).",
                            hint=f"{last} is kept: make room and run again with --resume." if last else
-                           "Make room and train again; with checkpoint.every set, most of the work would be kept.",
+                           "Make room and run again with --resume, which begins anew: with checkpoint.every set, most "
+                           "of the work would be kept.",
                            ) from error  # fmt: skip
 
 

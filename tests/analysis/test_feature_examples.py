@@ -161,7 +161,10 @@ def test_figures(reader):
     found = examples(reader, TEXTS, k=2)
     assert len(found.plot().axes) == 1
     assert sum(axis.axison for axis in found.plot([0, 1, 2, 3]).axes) == 4
-    assert found.plot([0]).axes[0].get_xlabel() == "activation"
+    axis = found.plot([0]).axes[0]
+    low, high = (axis.get_xticks()[i] for i in (0, -1))
+    assert axis.get_xlabel() == "activation" and low <= found.of(0)[0].value <= high
+    assert axis.get_xticklabels()[0].get_text() == f"{low:.3g}"
 
 
 # ---- tokens

@@ -120,6 +120,7 @@ def test_what_does_not_fit_is_refused():
         (lambda: sparse_probe(codes, labels, ks=(61,)), "k is from 1 to the 60 latents"),
         (lambda: sparse_probe(codes, labels, ks=()), "k is from 1"),
         (lambda: sparse_probe(codes * 0, labels), "No latent is active"),
+        (lambda: sparse_probe((codes, codes), labels), "one matrix, found several"),
         (lambda: sparse_probe(codes, labels, codes[:5]), "Raw activations"),
         (lambda: sparse_probe(codes, labels, select="luck"), "luck"),
         (lambda: sparse_probe(codes, labels, groups=[0] * 120), "as many groups"),

@@ -53,6 +53,12 @@ def test_plan_runs_nothing(capsys, tmp_path):
     assert found["memory"]["dictionaries"] == 16 * numbers and found["memory"]["buffer"] == 16_384 * 64 * 4
     assert main(["sae", "train", "sweep", "--plan"]) == 0
     assert "topk: resid_post.2, 512 latents" in capsys.readouterr().out
+    code, found, _ = told(capsys, "sae", "train", "sweep", "-o", str(out), "--plan", "--resume")
+    assert code == 0 and found["output"] == f"{out} (no checkpoint there: from the beginning)"
+    (out / "checkpoint-000120").mkdir(parents=True)
+    (out / "checkpoint-000120" / "state.json").touch()
+    code, found, _ = told(capsys, "sae", "train", "sweep", "-o", str(out), "--plan", "--resume")
+    assert code == 0 and found["output"] == f"{out} (going on from step 120)"
 
 
 def test_a_run_shows_lines_and_a_table(capsys, tmp_path):
@@ -113,9 +119,15 @@ def test_list_shows_rules_and_recipes(capsys):
         (["sae", "train", "batchtopk", "--model", "no-such"], "no-such"),
         (["sae", "train", "batchtopk", "--set", "data=nothing.txt"], "no data file nothing.txt"),
         (["sae", "measure", "nowhere", "--data", "chain"], "no folder with a dictionary"),
-        (["sae", "list", "topkk"], "no dictionary 'topkk'.*'topk'"),
+        (["sae", "list", "topkk"], "no rule for a dictionary 'topkk'.*'topk'"),
+        (["sae", "train", "crosscoder", "--model", "tiny-base"], "crosscoder reads 2 models, and --model names 1"),
+        (["sae", "train", "batchtopk", "-o", f"{__file__}/run"], "is a file, and a run needs a folder"),
+        (
+            ["sae", "train", "crosscoder", "--model", "tiny-base", "--model", "tiny-small-base", *SMALL],
+            "widths of .*take a model and its fine-tuning",
+        ),
     ],
-    ids=range(7),
+    ids=range(10),
 )
 def test_what_is_wrong_is_a_sentence_and_2(words, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -127,8 +139,8 @@ def test_what_is_wrong_is_a_sentence_and_2(words, said, capsys, tmp_path, monkey
 def test_measure_asks_for_what_a_file_does_not_say(trained, capsys):
     assert main(["sae", "measure", str(trained / "dictionaries" / "middle")]) == 2
     assert "no text to measure it on" in capsys.readouterr().err
-    assert (
-        main(["sae", "measure", str(trained / "dictionaries" / "middle"), "--model", "tiny-base", "--data", "chain"])
-        == 2
-    )
-    assert "reads activations of 192 numbers, found 96" in capsys.readouterr().err
+    for models, said in ((["tiny-base"], "reads 2 models, and --model names 1"),
+                         (["tiny-small-base"] * 2, "reads activations of 192 numbers, found 128")):  # fmt: skip
+        named = [word for model in models for word in ("--model", model)]
+        assert main(["sae", "measure", str(trained / "dictionaries" / "middle"), *named, "--data", "chain"]) == 2
+        assert said in capsys.readouterr().err

@@ -168,6 +168,25 @@ def test_what_cannot_go_on_is_told(tmp_path):
         run(ONE, out, resume=True)
 
 
+def test_a_text_too_short_to_evaluate_on_is_told_before_anything_is_trained(tmp_path):
+    (tmp_path / "few.txt").write_text("one two three\n")
+    steps = []
+    words = ONE | {"data": {"file": str(tmp_path / "few.txt")}}
+    with pytest.raises(SurgeryError, match="none is left to evaluate on"):
+        run(words, tmp_path / "run", on_step=lambda step, metrics: steps.append(step))
+    assert not steps and not (tmp_path / "run").exists()
+    assert len(run(words | {"steps": 2, "evaluate": {"sequences": 0}}).metrics) == 2
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(kept.Path, "mkdir", refused)
+    with pytest.raises(SurgeryError, match=r"run can't be made \(Permission denied\)"):
+        run(ONE, tmp_path / "run")
+
+
 def test_differences_and_models_in_memory():
     base, tokenizer = load_model("tiny-base")
     tuned, _ = load_model("tiny-chain")
@@ -210,10 +229,10 @@ def test_two_processes_are_as_one(tmp_path):
         ({"dictionaries": {"a": {"site": "pattern.1", "latents": 9}}}, "one row a token"),
         ({"dictionaries": {"a": {"site": "resid_pst.1", "latents": 9}}}, "no site 'resid_pst.1'.*resid_post"),
         ({"dictionaries": {"a": {"site": "resid_post.9", "latents": 99}}}, "resid_post.9"),
-        ({"dictionaries": {"a": {"site": "resid_post.1", "latents": 9, "rule": "topkk"}}}, "no dictionary 'topkk'"),
+        ({"dictionaries": {"a": {"site": "resid_post.1", "latents": 9, "rule": "topkk"}}}, "no rule .* 'topkk'"),
         ({"dictionaries": {"a": {"site": "resid_post.1", "latents": 9, "rule": {"topk": {"kk": 1}}}}}, "setting 'kk'"),
         ({"dictionaries": {"a": {"site": "resid_post.1", "latents": 9, "rule": {"topk": {"k": "x"}}}}}, "topk', k: "),
-        ({"dictionaries": {"a": {"site": "resid_post.1", "latents": 9}}}, "can't use 32 of 9 latents"),
+        ({"dictionaries": {"a": {"site": "resid_post.1", "latents": 9}}}, "can't use 32 of 9 latents.*at most 9"),
         ({"dictionaries": {"a": {"site": "resid_post.1", "latent": 9}}}, "no key 'dictionaries.a.latent'.*latents"),
         ({"dictionaries": {"a": {"site": "resid_post.1", "latents": 40, "skip": True}}}, "only a transcoder"),
         ({"reading": {"positions": "last"}}, "read one by one"),
