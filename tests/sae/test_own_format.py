@@ -34,7 +34,7 @@ def test_every_dictionary_comes_back_bit_for_bit(rule, more, tmp_path):
     [
         ({"version": 2}, "version 2 of 'dictionary'; this program reads version 1"),
         ({"kind": "other"}, "version 1 of 'other'"),
-        ({"rule": {"topkk": {}}}, "no dictionary 'topkk'"),
+        ({"rule": {"topkk": {}}}, "no rule for a dictionary 'topkk'"),
         ({"rule": {"topk": {"k": 99}}}, "can't use 99 of 20"),
         ({"rule": {"topk": {"depth": 1}}}, "no setting 'depth'"),
         ({"rule": {"jumprelu": {}}}, "no tensor 'threshold'"),
