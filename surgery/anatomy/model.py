@@ -312,6 +312,9 @@ class _SelfCheck:
         import torch
 
         one, other = one.float(), other.float()
+        if bool(one.isnan().any() | other.isnan().any()):
+            raise SurgeryError(f"This {anatomy.name} computes NaN: its weights hold numbers that are not finite.",
+                               hint="Take the checkpoint from before it broke, or fetch it again.")  # fmt: skip
         scale = one.abs().max().clamp(min=1e-6)
         precise = torch.finfo(anatomy.embed.weight.dtype).eps if anatomy.embed.weight.is_floating_point() else 1e-2
         if one.shape != other.shape or not ((one - other).abs().max() <= 64 * precise * scale):

@@ -58,7 +58,7 @@ def train(
 
     \b
     Examples:
-    surgery sae train batchtopk -o runs/dictionary
+    surgery sae train dictionary -o runs/dictionary
     surgery sae train crosscoder --model tiny-base --model tiny-chain --set data=chain --plan
     surgery sae train recipe.yaml -o runs/mine --resume
     torchrun --nproc_per_node 2 -m surgery.cli sae train sweep -o runs/sweep
@@ -279,7 +279,7 @@ def measure(
     reading = checked(Reading, told | ({"context": context} if context else {}))
     text = Text(text_rows(yaml.safe_load(data), Path(".")), tokenizer, reading)
     found = measured(loaded, networks, text.first(sequences), place, target, difference=bool(about.get("difference")),
-                     tokenizer=tokenizer)  # fmt: skip
+                     tokenizer=tokenizer, longest=reading.longest)  # fmt: skip
     result = {"dictionary": str(dictionary), "models": list(named), "site": place} | _plain(found.to_dict())
     frame.result(result, quality_table({dictionary.name: found}))
 
@@ -319,17 +319,22 @@ def _lens_name(site: str) -> str:
 
 
 @command(app, "list")
-def list_(name: Annotated[str | None, typer.Argument(help="One rule, with its settings.")] = None) -> None:
+def list_(name: Annotated[str | None, typer.Argument(help="One of them: settings, or the recipe.")] = None) -> None:
     """List what makes a dictionary sparse, with its settings, and the recipes that come with the package.
 
     \b
     Examples:
     surgery sae list
     surgery sae list batchtopk
+    surgery sae list crosscoder > mine.yaml
     """
-    from surgery.sae.recipe import packaged
+    from surgery.sae.recipe import PACKAGED, packaged
     from surgery.sae.rules import RULES
 
+    if name in _recipes(""):
+        text = (PACKAGED / f"{name}.yaml").read_text(encoding="utf-8")
+        frame.result({"recipe": name, "yaml": text}, text.rstrip())
+        return
     rules = [_rule(each, RULES.lookup(each)) for each in ([name] if name else RULES)]
     if name:
         frame.result(rules[0], f"{name}: {rules[0]['what']}", *(f"  {k}: {v}" for k, v in rules[0]["settings"].items()))

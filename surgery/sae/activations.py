@@ -52,10 +52,11 @@ class Stream:
     """Iterates over batches of tokens, and gives the activations of the tokens that `keep` keeps.
 
     `models` read the same tokens, and their activations stand side by side; with `difference` there is the second's
-    less the first's instead. `batches` is whatever `surgery.models.as_batch` takes. Of many processes (`world`, by
-    accelerate) each reads every so manieth batch, and all get the rows of all, in the order of one process. Raises
-    `SurgeryError` for sites that a model lacks, models of different widths, and activations that are not finite, by
-    batch and token.
+    less the first's instead. With `longest`, rows more than so many times as long as the median of their batch are left
+    out, at all sites: sinks inside a text, few and huge. `batches` is whatever `surgery.models.as_batch` takes. Of many
+    processes (`world`, by accelerate) each reads every so manieth batch, and all get the rows of all, in the order of
+    one process. Raises `SurgeryError` for sites that a model lacks, models of different widths, and activations that
+    are not finite, by batch and token.
     """
 
     models: Any
@@ -64,6 +65,7 @@ class Stream:
     keep: Keep = field(default_factory=real_tokens)
     tokenizer: Any = None
     difference: bool = False
+    longest: float = 0.0
     world: World = field(default_factory=World)
     begin: int = 0
     """Batches that are passed over at the start."""
@@ -95,9 +97,13 @@ class Stream:
         number, thing = group[self.world.rank]
         return self.read(as_batch(thing, self.tokenizer), number)
 
-    @torch.no_grad()
     def read(self, batch: Batch, number: int = 0) -> Rows:
         """The rows of one batch."""
+        return self.seen(batch, number)[1]
+
+    @torch.no_grad()
+    def seen(self, batch: Batch, number: int = 0) -> tuple[Tensor, Rows]:
+        """Which tokens of a batch count, (batch, pos), and their rows."""
         kept = self.keep(batch)
         parts = [_seen(model, self.names, batch) for model in self.models]
         found = {}
@@ -117,7 +123,14 @@ class Stream:
                     hint="Look at that text, or at the model's precision.",
                 )
             found[name] = rows
-        return found
+        return _without_sinks(kept, found, self.longest) if self.longest and bool(kept.any()) else (kept, found)
+
+
+def _without_sinks(kept: Tensor, found: Rows, longest: float) -> tuple[Tensor, Rows]:
+    """The same without tokens whose row is that many times as long as the median, at any site."""
+    lengths = [rows.norm(dim=1) for rows in found.values()]
+    near = torch.stack([each <= longest * each.median() for each in lengths]).all(0)
+    return kept.masked_scatter(kept, near.to(kept.device)), {name: rows[near] for name, rows in found.items()}
 
 
 class _Enough(Exception):

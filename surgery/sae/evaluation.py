@@ -41,15 +41,16 @@ def measured(
     loss: bool = True,
     tokenizer: Any = None,
     keep: Any = counted,
+    longest: float = 0.0,
 ) -> Measured:
     """A dictionary on text: `measure`, and with `loss` what each model loses, by both ablations."""
     sites = list(dict.fromkeys([site, target or site]))
-    rows = list(Stream(models, sites, batches, keep, tokenizer, difference))
+    rows = list(Stream(models, sites, batches, keep, tokenizer, difference, longest))
     targets = None if target is None else [each[target] for each in rows]
     quality = measure(dictionary, [each[site] for each in rows], targets)
     losses = {}
     if loss:
-        both = Stream(models, sites, batches, keep, tokenizer, difference)
+        both = Stream(models, sites, batches, keep, tokenizer, difference, longest)
         losses = {how: loss_recovered(both, dictionary, site, target, ablation=how) for how in ABLATIONS}
     return Measured(quality, losses)
 

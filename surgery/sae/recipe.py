@@ -55,7 +55,8 @@ class OneDictionary(Part):
     skip: bool = Field(False, description="a transcoder with a linear map beside it")
     optimizer: Optimizer | None = Field(None, description="its own; else the recipe's")
     normalise: bool = Field(True, description="activations are brought to a mean length of sqrt(width) in training")
-    dead_after: int = Field(10_000_000, ge=1, description="rows without use after which a latent is dead")
+    dead_after: int | None = Field(None, ge=1, description="rows without use after which a latent is dead; by default "
+                                   "a tenth of the run, at most 10 million")  # fmt: skip
 
 
 class Evaluation(Part):
@@ -183,4 +184,5 @@ def rule_of(written: Any) -> Rule:
 def settings_of(recipe: Recipe, one: OneDictionary) -> Settings:
     """How one of the dictionaries learns."""
     o = one.optimizer or recipe.optimizer
-    return Settings(o.lr, o.betas, o.clip, o.warmup, o.shape, o.final, one.dead_after, one.normalise)
+    dead_after = one.dead_after or min(10_000_000, max(1, recipe.steps * recipe.rows // 10))
+    return Settings(o.lr, o.betas, o.clip, o.warmup, o.shape, o.final, dead_after, one.normalise)

@@ -49,9 +49,9 @@ class Source:
         self.done = 0
         """Batches of a cache that are behind."""
 
-    def _stream(self, batches: Iterable[Any], difference: bool | None = None) -> Stream:
-        apart = self.recipe.difference if difference is None else difference
-        return Stream(self.models, self.recipe.sites, batches, counted, self.tokenizer, apart, self.world)
+    def _stream(self, batches: Iterable[Any]) -> Stream:
+        return Stream(self.models, self.recipe.sites, batches, counted, self.tokenizer, self.recipe.difference,
+                      self.recipe.reading.longest, self.world)  # fmt: skip
 
     def entries(self) -> dict[str, Entry]:
         """Every dictionary as it begins; widths are those of the first batch of text."""
@@ -118,7 +118,7 @@ class Source:
         """One dictionary on held-out text; every process does all of it."""
         return measured(
             entry.dictionary, self.models, self.held_out(), entry.site, entry.target, difference=self.recipe.difference,
-            loss=self.recipe.evaluate.loss, tokenizer=self.tokenizer,
+            loss=self.recipe.evaluate.loss, tokenizer=self.tokenizer, longest=self.recipe.reading.longest,
         )  # fmt: skip
 
     def metadata(self, name: str) -> dict[str, Any]:

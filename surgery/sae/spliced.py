@@ -3,8 +3,8 @@
     CE recovered = (CE_ablated - CE_dictionary) / (CE_ablated - CE)      KL recovered = 1 - KL_dictionary / KL_ablated
 
 The ablation is part of the number: with zeros in place of the activations the loss is far higher than with their mean,
-and so is what counts as recovered. Both are given. Tokens that do not count (the first, padding) are left as they are,
-and predictions at them are not looked at.
+and so is what counts as recovered. Both are given. Tokens that do not count (the first, padding, sinks by the stream's
+`longest`) are left as they are, and predictions at them are not looked at.
 """
 
 from __future__ import annotations
@@ -75,11 +75,10 @@ def loss_recovered(
     if ablation not in ("zero", "mean"):
         raise SurgeryError(f"There is no ablation '{ablation}'.", hint="zero, or mean.")
     mean = _mean(stream, target) if ablation == "mean" else None
-    wanted = Stream(stream.models, list(dict.fromkeys([site, target])), [], stream.keep)
+    wanted = Stream(stream.models, list(dict.fromkeys([site, target])), [], stream.keep, longest=stream.longest)
     for number, thing in enumerate(stream.batches):
         batch = as_batch(thing, stream.tokenizer)
-        kept = stream.keep(batch)
-        rows = wanted.read(batch, number)
+        kept, rows = wanted.seen(batch, number)
         scored = kept & _followed(batch)
         if not bool(scored.any()):
             continue
@@ -107,7 +106,8 @@ def _mean(stream: Stream, target: str) -> list[Tensor]:
     """Of each model, the mean of the target's rows."""
     total: Tensor | None = None
     count = 0
-    for rows in Stream(stream.models, [target], stream.batches, stream.keep, stream.tokenizer):
+    whole = Stream(stream.models, [target], stream.batches, stream.keep, stream.tokenizer, longest=stream.longest)
+    for rows in whole:
         added = rows[target].double().sum(0)
         total, count = added if total is None else total + added, count + len(rows[target])
     if total is None or not count:

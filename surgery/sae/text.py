@@ -43,6 +43,7 @@ class Reading(Part):
     batch: int = Field(16, ge=1, description="sequences in one pass of the model")
     positions: Literal["all", "completion", "last"] = Field("all", description="tokens that count")
     skip: int = Field(1, ge=0, description="first tokens of a sequence that do not count: activations there are sinks")
+    longest: float = Field(10.0, ge=0, description="rows so many times as long as the median are sinks too (0: none)")
     chat: bool = Field(False, description="prompts go into the chat template")
     held_out: int = Field(20, ge=2, description="every so many sequences one is kept for evaluation")
 

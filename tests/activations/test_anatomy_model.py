@@ -329,3 +329,13 @@ def test_what_is_no_model_is_named_at_the_door(thing):
             door()
     with pytest.raises(SurgeryError, match="is no model that can be looked into"), capture(thing, "z"):
         pass
+
+
+def test_a_model_that_computes_nan_is_told_so():
+    from surgery.models import load
+
+    model, _ = load("tiny-small-base")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = torch.nan
+    with pytest.raises(SurgeryError, match="computes NaN: its weights hold numbers that are not finite"):
+        anatomy_of(model)

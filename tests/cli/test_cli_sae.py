@@ -62,17 +62,17 @@ def test_plan_runs_nothing(capsys, tmp_path):
 
 
 def test_a_run_shows_lines_and_a_table(capsys, tmp_path):
-    assert main(["sae", "train", "batchtopk", "-o", str(tmp_path / "run"), *SMALL]) == 0
+    assert main(["sae", "train", "dictionary", "-o", str(tmp_path / "run"), *SMALL]) == 0
     found = capsys.readouterr()
     assert "step 6/6" in found.err and "unexplained variance" in found.err
-    assert "Trained 1 dictionary by batchtopk: 6 steps" in found.out and "middle" in found.out
-    assert main(["sae", "train", "batchtopk", "-o", str(tmp_path / "run"), *SMALL]) == 2
+    assert "Trained 1 dictionary by dictionary: 6 steps" in found.out and "middle" in found.out
+    assert main(["sae", "train", "dictionary", "-o", str(tmp_path / "run"), *SMALL]) == 2
     assert "holds a run already" in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     out = tmp_path / "run"
-    words = [sys.executable, "-m", "surgery.cli", "sae", "train", "batchtopk", "-o", str(out), "--set", "steps=4000",
+    words = [sys.executable, "-m", "surgery.cli", "sae", "train", "dictionary", "-o", str(out), "--set", "steps=4000",
              "--set", "rows=32", "--set", "buffer=64", "--set", "evaluate.sequences=2"]  # fmt: skip
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
@@ -83,8 +83,8 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     said = process.communicate(timeout=60)[1]
     (kept,) = out.glob("checkpoint-*")
     step = int(kept.name.rpartition("-")[2])
-    assert process.returncode == 130 and f"Go on from step {step} with: surgery sae train batchtopk" in said
-    assert main(["--quiet", "sae", "train", "batchtopk", "-o", str(out), "--set", f"steps={step + 2}", "--set",
+    assert process.returncode == 130 and f"Go on from step {step} with: surgery sae train dictionary" in said
+    assert main(["--quiet", "sae", "train", "dictionary", "-o", str(out), "--set", f"steps={step + 2}", "--set",
                  "rows=32", "--set", "buffer=64", "--set", "evaluate.sequences=2", "--resume"]) == 0  # fmt: skip
     assert (out / "metrics.jsonl").read_text().count("\n") == step + 2
 
@@ -93,7 +93,7 @@ def test_convert_goes_to_other_packages_and_back(trained, tmp_path, capsys):
     mine = trained / "dictionaries" / "middle"
     assert main(["sae", "convert", str(mine), "-o", str(tmp_path / "x"), "--format", "saelens"]) == 2
     assert "crosscoder" in capsys.readouterr().err
-    assert main(["--quiet", "sae", "train", "batchtopk", "-o", str(tmp_path / "run"), *SMALL]) == 0
+    assert main(["--quiet", "sae", "train", "dictionary", "-o", str(tmp_path / "run"), *SMALL]) == 0
     mine = tmp_path / "run" / "dictionaries" / "middle"
     assert main(["sae", "convert", str(mine), "-o", str(tmp_path / "x"), "--format", "saelens"]) == 0
     config = json.loads((tmp_path / "x" / "cfg.json").read_text())
@@ -108,20 +108,21 @@ def test_list_shows_rules_and_recipes(capsys):
     code, found, _ = told(capsys, "sae", "list")
     assert code == 0 and [rule["name"] for rule in found["rules"]] == list(RULES) and "crosscoder" in found["recipes"]
     assert main(["sae", "list", "batchtopk"]) == 0 and "k: 32.0" in capsys.readouterr().out
+    assert main(["sae", "list", "crosscoder"]) == 0 and "model: [tiny-base, tiny-shift]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["sae", "train", "batchtop"], "There is no recipe batchtop.*Did you mean 'batchtopk'"),
-        (["sae", "train", "batchtopk", "--set", "dictionaries.middle.site=resid_post.7"], "there is no layer 7"),
-        (["sae", "train", "batchtopk", "--set", "dictionaries.middle.latents=4"], "can't use 8 of 4 latents"),
-        (["sae", "train", "batchtopk", "--model", "no-such"], "no-such"),
-        (["sae", "train", "batchtopk", "--set", "data=nothing.txt"], "no data file nothing.txt"),
+        (["sae", "train", "dictionar"], "There is no recipe dictionar.*Did you mean 'dictionary'"),
+        (["sae", "train", "dictionary", "--set", "dictionaries.middle.site=resid_post.7"], "there is no layer 7"),
+        (["sae", "train", "dictionary", "--set", "dictionaries.middle.latents=4"], "can't use 8 of 4 latents"),
+        (["sae", "train", "dictionary", "--model", "no-such"], "no-such"),
+        (["sae", "train", "dictionary", "--set", "data=nothing.txt"], "no data file nothing.txt"),
         (["sae", "measure", "nowhere", "--data", "chain"], "no folder with a dictionary"),
         (["sae", "list", "topkk"], "no rule for a dictionary 'topkk'.*'topk'"),
         (["sae", "train", "crosscoder", "--model", "tiny-base"], "crosscoder reads 2 models, and --model names 1"),
-        (["sae", "train", "batchtopk", "-o", f"{__file__}/run"], "is a file, and a run needs a folder"),
+        (["sae", "train", "dictionary", "-o", f"{__file__}/run"], "is a file, and a run needs a folder"),
         (
             ["sae", "train", "crosscoder", "--model", "tiny-base", "--model", "tiny-small-base", *SMALL],
             "widths of .*take a model and its fine-tuning",

@@ -16,7 +16,7 @@ from surgery.sae import checkpoints as kept
 from surgery.sae import formats
 from surgery.sae.formats import load
 from surgery.sae.recipe import load as load_recipe
-from surgery.sae.recipe import make, packaged
+from surgery.sae.recipe import make, packaged, settings_of
 from surgery.sae.run import train
 
 ONE = {
@@ -249,9 +249,20 @@ def test_what_is_wrong_is_a_sentence(change, told):
     assert re.search(told, f"{error.value.problem} {error.value.hint or ''}")
 
 
+def test_latents_are_dead_after_a_tenth_of_a_run_without_use():
+    one = {"site": "resid_post.1", "latents": 40}
+    for words, rows in (
+        ({}, 76),
+        ({"steps": 10**9}, 10_000_000),
+        ({"dictionaries": {"one": one | {"dead_after": 5}}}, 5),
+    ):
+        recipe = make(ONE | {"dictionaries": {"one": one}} | words)
+        assert settings_of(recipe, recipe.dictionaries["one"]).dead_after == rows
+
+
 def test_packaged_recipes_are_recipes(tmp_path):
     found = packaged()
-    assert {"batchtopk", "crosscoder", "sweep"} <= found.keys()
+    assert {"dictionary", "crosscoder", "sweep"} <= found.keys()
     for name in found:
         small = load_recipe(name, ["steps=2", "evaluate.sequences=0", "buffer=600"])
         assert set(train(small).dictionaries) == set(small.dictionaries)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from surgery.activations import capture
+from surgery.activations import capture, edit
 from surgery.errors import SurgeryError
 from surgery.models import encode, load
 from surgery.sae.activations import Shuffled, Stream, last_tokens, real_tokens
@@ -68,6 +68,47 @@ def numbered(sizes):
         rows = torch.arange(start, start + size).float()
         yield {"a": rows[:, None], "b": torch.stack([rows, -rows], 1)}
         start += size
+
+
+def test_sinks_inside_a_text_are_left_out_at_all_sites(models):
+    base, tuned, tokenizer = models
+    batch = encode(tokenizer, TEXTS)
+    sites = ["resid_pre.1", "resid_post.1"]
+    with edit(tuned, {"mlp_out.1@3": lambda x: 500 * x}):
+        whole_, left = (Stream([base, tuned], sites, [batch], longest=many) for many in (0.0, 10.0))
+        (kept, rows), (near, fewer) = whole_.seen(batch), left.seen(batch)
+    assert int(near.sum()) == int(kept.sum()) - len(TEXTS) and not bool(near[:, 3].any())
+    for site in sites:
+        assert torch.equal(fewer[site], rows[site][near[kept]])
+    assert torch.equal(
+        next(iter(left))["resid_pre.1"], Stream([base, tuned], "resid_pre.1", [batch]).read(batch)["resid_pre.1"]
+    )
+
+
+def test_differences_are_the_seconds_less_the_firsts(models):
+    base, tuned, tokenizer = models
+    batches = [encode(tokenizer, TEXTS), encode(tokenizer, TEXTS[1:])]
+    for both, apart in zip(
+        *(Stream([base, tuned], "resid_post.2", batches, difference=d) for d in (False, True)), strict=True
+    ):
+        one, other = both["resid_post.2"].chunk(2, dim=1)
+        assert torch.equal(apart["resid_post.2"], other - one)
+    (last,) = Stream(base, "resid_post.2", batches).after(1)
+    assert torch.equal(last["resid_post.2"], list(Stream(base, "resid_post.2", batches))[1]["resid_post.2"])
+
+
+@pytest.mark.parametrize("cut", [1, 3, 6])
+def test_shuffling_goes_on_from_a_state(cut):
+    items = [{"a": torch.arange(i * 7.0, i * 7.0 + 7)[:, None]} for i in range(9)]
+    expected = [b["a"] for b in Shuffled(items, size=20, batch=8, seed=1, drop_last=False)]
+    first = Shuffled(items, size=20, batch=8, seed=1, drop_last=False)
+    running = iter(first)
+    found = [next(running)["a"] for _ in range(cut)]
+    tensors, read = first.state()
+    again = Shuffled(items, size=20, batch=8, seed=99, drop_last=False)
+    again.restore({k: v.clone() for k, v in tensors.items()}, read)
+    found += [b["a"] for b in again]
+    assert len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("sizes", [[7] * 30, [300], [1] * 90, [64, 3, 64, 129]])
