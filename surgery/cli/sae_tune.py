@@ -131,8 +131,13 @@ def _table(numbers: dict[str, Any], words: Recipe) -> Table:
 def planned(words: Recipe) -> dict[str, Any]:
     """What would run, from shapes alone. Raises `SurgeryError` for models and sites that don't fit."""
     from surgery.anatomy import Site, num_layers
+    from surgery.sae.text import text_rows
     from surgery.sae.tune_arms import ARMS
     from surgery.tuning.decomposed import lora_size
+
+    for data in (words.data, words.evaluate.data):
+        if data is not None:
+            text_rows(data, words.folder)
 
     target, source = planned_run.empty(words.target), planned_run.empty(words.source)
     shapes = [tuple(m.get_input_embeddings().weight.shape) for m in (target, source)]

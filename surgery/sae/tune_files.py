@@ -12,6 +12,7 @@ from typing import Any
 from surgery.errors import SurgeryError
 from surgery.sae.tune_recipe import Recipe
 from surgery.training.recipe import as_words
+from surgery.training.state import same_recipe
 
 
 class Runs:
@@ -27,8 +28,10 @@ class Runs:
         file = self.folder / "recipe.json"
         if not (file.is_file() and (self.folder / "runs").is_dir()):
             raise SurgeryError(f"{self.folder} exists, and is no folder of such runs.", hint="Choose another folder.")
-        if not force:
-            self._same(json.loads(file.read_text(encoding="utf-8")), _words(recipe))
+        if not force and any((self.folder / "runs").iterdir()):  # else nothing came of it
+            same_recipe(json.loads(file.read_text(encoding="utf-8")), _words(recipe), free=())
+            if (self.folder / "result.json").is_file():
+                raise SurgeryError(f"{self.folder} is finished.", hint="Choose another folder, or pass --force.")
 
     def begin(self, recipe: Recipe, force: bool = False) -> None:
         """A folder to write to: one that was begun is gone on with, or with `force` emptied."""
@@ -39,14 +42,6 @@ class Runs:
             shutil.rmtree(self.folder)
         (self.folder / "runs").mkdir(parents=True, exist_ok=True)
         _write(self.folder / "recipe.json", _words(recipe))
-
-    def _same(self, before: Mapping[str, Any], words: Mapping[str, Any]) -> None:
-        key = next((k for k in sorted(before.keys() | words.keys()) if before.get(k) != words.get(k)), None)
-        if key is not None:
-            raise SurgeryError(f"{self.folder} was begun by a recipe with {key}: {before.get(key)}.",
-                               hint="Choose another folder, or pass --force.")  # fmt: skip
-        if self.folder is not None and (self.folder / "result.json").is_file():
-            raise SurgeryError(f"{self.folder} is finished.", hint="Choose another folder, or pass --force.")
 
     def known(self, name: str) -> list[float] | None:
         """The scores of a run that was made before."""

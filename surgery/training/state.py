@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -73,13 +73,13 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all([torch.tensor(s, dtype=torch.uint8) for s in state["devices"]])
 
 
-def same_recipe(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+def same_recipe(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = FREE) -> str | None:
     """Refuses to go on with another recipe, naming what differs; a remark when it is the number of steps.
 
-    Both are plain JSON. Keys of `FREE` may differ. Raises `SurgeryError`.
+    Both are plain JSON. Keys of `free` may differ. Raises `SurgeryError`.
     """
     old, new = _flat(before), _flat(now)
-    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k.split(".")[0] not in FREE]
+    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k.split(".")[0] not in free]
     told = [f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in changed if key != "steps"]
     if told:
         raise SurgeryError(

@@ -191,7 +191,7 @@ def test_other_folders_are_refused(models, tmp_path):
         run(make(WORDS), Scored(), out=tmp_path, models=models, force=True)
     with pytest.raises(KeyboardInterrupt):
         run(make(WORDS), Scored(stop=3), out=tmp_path / "run", models=models)
-    with pytest.raises(SurgeryError, match=r"begun by a recipe with seeds: \[0, 1\]"):
+    with pytest.raises(SurgeryError, match=r"began with another recipe: seeds was \[0, 1\] and is "):
         run(make(WORDS | {"seeds": [0, 2]}), Scored(), out=tmp_path / "run", models=models)
 
 
