@@ -122,7 +122,7 @@ class Fitting:
                 entry = self.entries[name]
                 found[name] = _step(name, entry, self.optimizers[name], rows, self.step, self.steps)
                 if self.step + 1 == self.steps:
-                    entry.dictionary.rule.finish(entry.dictionary, rows[entry.site] * entry.scale[0])
+                    entry.dictionary.rule.finish(entry.dictionary, _rows(entry, rows)[0])
             return found
 
         found = {name: line for part in self.world.together(work) for name, line in part.items()}
@@ -176,9 +176,7 @@ class Fitting:
             moments = {m: v for m, _, k in (t.partition(".") for t in tensors) if k == key and m != "weights"
                        for v in [tensors[f"{m}.{key}"]]}  # fmt: skip
             if moments:
-                optimizer.state[parameter] = {
-                    m: v.clone() if m == "step" else v.to(parameter.device).clone() for m, v in moments.items()
-                }
+                optimizer.state[parameter] = {m: v.to(parameter.device).clone() for m, v in moments.items()}
 
 
 AHEAD = "ahead"
@@ -195,6 +193,9 @@ def _scale(entries: Mapping[str, Entry], first: list[Rows]) -> None:
                 raise SurgeryError(f"The activations at '{site}' that '{name}' reads are the same in every row.",
                                    hint="Is it the site that you mean, and do the texts differ?")  # fmt: skip
         if entry.settings.normalise:
+            if both[0] != both[1] and entry.dictionary.is_centered:
+                raise SurgeryError(f"'{name}' rebuilds '{both[1]}', and is centred by its bias as if it read that too.",
+                                   hint="Dictionary(..., centered=False)")  # fmt: skip
             entry.scale = tuple(_factor(name, site, [rows[site] for rows in first]) for site in both)  # type: ignore[assignment]
 
 
@@ -213,12 +214,18 @@ def _factor(name: str, site: str, rows: list[Tensor]) -> float:
     return math.sqrt(rows[0].shape[1]) / length
 
 
+def _rows(entry: Entry, rows: Rows) -> tuple[Tensor, Tensor]:
+    """What a dictionary reads and rebuilds, scaled, and where it is: a cache and checkpoints have rows elsewhere."""
+    x, y = (rows[site].to(entry.dictionary.bias) for site in (entry.site, entry.target or entry.site))
+    return x * entry.scale[0], y * entry.scale[1]
+
+
 def _step(
     name: str, entry: Entry, optimizer: torch.optim.Optimizer, rows: Rows, step: int, steps: int
 ) -> dict[str, float]:
     """One step of one dictionary; its line of the log."""
     began, settings, dictionary = time.perf_counter(), entry.settings, entry.dictionary
-    x, y = rows[entry.site] * entry.scale[0], rows[entry.target or entry.site] * entry.scale[1]
+    x, y = _rows(entry, rows)
     dead = entry.unused >= settings.dead_after
     found = dictionary.trained(x, y, dead=dead if bool(dead.any()) else None,
                                warm=min(1.0, (step + 1) / max(1, dictionary.rule.warmup)))  # fmt: skip

@@ -7,7 +7,7 @@ from surgery.errors import SurgeryError
 from surgery.sae.dictionary import Dictionary
 from surgery.sae.metrics import Planted, measure, recovered
 from surgery.sae.rules import BatchTopK, Gated, JumpRelu, Matryoshka, Standard, TopK
-from surgery.sae.train import Entry, Settings, fit
+from surgery.sae.train import Entry, Fitting, Settings, fit
 
 RULES = [TopK(k=3), TopK(k=3, by_norm=False), BatchTopK(k=3.0), Matryoshka(k=3.0, widths=(8,)), Standard(l1=0.1),
          Gated(l1=0.1), JumpRelu(l0=0.01)]  # fmt: skip
@@ -135,3 +135,29 @@ def test_what_is_wrong_is_told(rows, told):
     steps = 5 if len(rows) < 10 else 31
     with pytest.raises(SurgeryError, match=told):
         fit({"one": Entry("a", Dictionary(8, 16, TopK(k=2)))}, rows, steps=steps)
+
+
+def test_rows_come_to_where_the_dictionary_is():
+    """As from a cache or a checkpoint: of another type here, on another device elsewhere."""
+    planted, entry = Planted(d=16, n=20), Entry("a", Dictionary(16, 40, BatchTopK(k=3.0)).double())
+    fit({"one": entry}, batches(planted, 3), steps=3)
+    assert len(entry.log) == 3 and float(entry.dictionary.threshold) > 0
+
+
+@pytest.mark.filterwarnings("ignore:for .* no-op")
+def test_all_that_the_optimizer_keeps_is_where_its_parameters_are():
+    """Fused steps on a device read their count there; "meta" stands for any."""
+    one = Fitting({"one": Entry("a", Dictionary(16, 40, TopK(k=3)))}, 1)
+    one.run(batches(Planted(d=16, n=20), 1))
+    tensors, numbers = one.state()
+    other = Fitting({"one": Entry("a", Dictionary(16, 40, TopK(k=3)).to("meta"))}, 1)
+    other.restore(tensors, numbers)
+    state = other.optimizers["one"].state
+    assert {v.device.type for kept in state.values() for v in kept.values()} == {"meta"} and len(state) == 4
+
+
+def test_what_is_rebuilt_elsewhere_is_not_centred_by_its_bias():
+    """The two are scaled apart, and one bias can't take in both scales."""
+    rows = [{"in": r["a"], "out": 9 * r["a"]} for r in batches(Planted(d=16, n=20), 2)]
+    with pytest.raises(SurgeryError, match="'one' rebuilds 'out', and is centred"):
+        fit({"one": Entry("in", Dictionary(16, 40, TopK(k=3)), target="out")}, rows, steps=2)
