@@ -59,10 +59,8 @@ class Checkpoints:
         position = 0
         if last is not None:
             position = self._restore(last, words, fitting, source)
-        self.world.wait()
-        if self.world.main:
-            self._claim(words, position)
-        self.world.wait()
+        self.world.wait()  # all have read what is there
+        self.world.together(lambda: self._claim(words, position) if self.world.main else None)
 
     def note(self, line: Mapping[str, float]) -> None:
         """A line of metrics.jsonl."""
@@ -115,6 +113,7 @@ class Checkpoints:
 
     def _restore(self, folder: Path, words: Mapping[str, Any], fitting: Fitting, source: Source) -> int:
         """Takes up a checkpoint; where metrics.jsonl was."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         assert self.out is not None
@@ -132,7 +131,7 @@ class Checkpoints:
             source.shuffled.restore(tensors.pop("buffer"), state["read"])
             source.done = state["done"]
             fitting.restore(tensors, state["numbers"])
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise SurgeryError(f"{folder} can't be read: {error}.",
                                hint="Remove it: --resume goes on from the one before.") from None  # fmt: skip
         position: int = state["log"]
@@ -155,7 +154,8 @@ class Checkpoints:
     def _found(self) -> list[Path]:
         """Checkpoints, the oldest first."""
         assert self.out is not None
-        return sorted(path for path in self.out.glob("checkpoint-*") if (path / "state.json").is_file())
+        found = (path for path in self.out.glob("checkpoint-*") if (path / "state.json").is_file())
+        return sorted(found, key=lambda path: (len(path.name), path.name))  # steps of seven digits behind those of six
 
     def _last(self) -> Path | None:
         found = self._found()

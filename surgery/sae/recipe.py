@@ -135,7 +135,9 @@ def check(recipe: Recipe) -> None:
     if recipe.difference and len(recipe.models) != 2:
         raise SurgeryError("`difference` is of two models.", hint="model: [base, tuned]")
     for name, one in recipe.dictionaries.items():
-        if not NAME.fullmatch(name) or name == "ahead":
+        if name in ("ahead", "buffer"):
+            raise SurgeryError(f"'{name}' is what checkpoints call something else.", hint="Give it another name.")
+        if not NAME.fullmatch(name):
             raise SurgeryError(f"'{name}' is no name for a dictionary: a folder is called by it.",
                                hint="Letters, digits, '_', '-' and '.'.")  # fmt: skip
         for site in filter(None, (one.site, one.target)):

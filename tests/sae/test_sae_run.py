@@ -147,6 +147,14 @@ def test_a_disk_that_is_full_at_the_end_costs_what_came_after_the_last_checkpoin
     assert not list((tmp_path / "run").glob(".*"))
 
 
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for step in (1_000_000, 999_000, 20):
+        (tmp_path / f"checkpoint-{step:06d}").mkdir()
+        (tmp_path / f"checkpoint-{step:06d}" / "state.json").touch()
+    found = kept.Checkpoints(tmp_path, make(ONE), kept.World())
+    assert [p.name for p in found._found()] == ["checkpoint-000020", "checkpoint-999000", "checkpoint-1000000"]
+
+
 def test_what_cannot_go_on_is_told(tmp_path):
     out = tmp_path / "run"
     stopped(ONE, out, 3)
@@ -163,6 +171,12 @@ def test_what_cannot_go_on_is_told(tmp_path):
     with pytest.raises(SurgeryError, match=r"checkpoint-000003 can't be read"):
         run(ONE, out, resume=True)
     state.write_text(json.dumps(words))
+    weights_, half = out / "checkpoint-000003" / "one.safetensors", out / "half"
+    weights_.rename(half)
+    weights_.write_bytes(half.read_bytes()[:999])
+    with pytest.raises(SurgeryError, match=r"checkpoint-000003 can't be read"):
+        run(ONE, out, resume=True)
+    half.replace(weights_)
     run(ONE, out, resume=True)
     with pytest.raises(SurgeryError, match="is finished"):
         run(ONE, out, resume=True)
@@ -185,6 +199,23 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(kept.Path, "mkdir", refused)
     with pytest.raises(SurgeryError, match=r"run can't be made \(Permission denied\)"):
         run(ONE, tmp_path / "run")
+
+
+class Second(kept.World):
+    """The second of two processes, when the first has failed."""
+
+    def wait(self):
+        pass
+
+    def together(self, work):
+        work()
+        raise SurgeryError("The first one's problem.")
+
+
+def test_what_the_first_process_cannot_claim_is_told_by_all(tmp_path):
+    with pytest.raises(SurgeryError, match="The first one's problem"):
+        kept.Checkpoints(tmp_path / "run", make(ONE), Second(1, 2)).begin(False, None, None)
+    assert not (tmp_path / "run").exists()
 
 
 def test_differences_and_models_in_memory():
@@ -240,8 +271,9 @@ def test_two_processes_are_as_one(tmp_path):
         ({"model": None}, "names no model"),
         ({"steps": 0}, "Recipe, steps: "),
         ({"optimzer": {}}, "no key 'optimzer'.*optimizer"),
+        ({"dictionaries": {"buffer": {"site": "resid_post.1", "latents": 40}}}, "'buffer' is what checkpoints call"),
     ],
-    ids=range(20),
+    ids=range(21),
 )
 def test_what_is_wrong_is_a_sentence(change, told):
     with pytest.raises(SurgeryError) as error:
