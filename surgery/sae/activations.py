@@ -88,7 +88,7 @@ class Stream:
 
     def after(self, batches: int) -> Stream:
         """The same without its first so many batches."""
-        return replace(self, begin=batches)
+        return replace(self, begin=self.begin + batches)
 
     def _mine(self, group: Sequence[tuple[int, Any]]) -> Rows | None:
         """The rows of this process's batch of a group; None where the text has ended."""
@@ -123,10 +123,10 @@ class Stream:
                     hint="Look at that text, or at the model's precision.",
                 )
             found[name] = rows
-        return _without_sinks(kept, found, self.longest) if self.longest and bool(kept.any()) else (kept, found)
+        return without_sinks(kept, found, self.longest) if self.longest and bool(kept.any()) else (kept, found)
 
 
-def _without_sinks(kept: Tensor, found: Rows, longest: float) -> tuple[Tensor, Rows]:
+def without_sinks(kept: Tensor, found: Rows, longest: float) -> tuple[Tensor, Rows]:
     """The same without tokens whose row is that many times as long as the median, at any site."""
     lengths = [rows.norm(dim=1) for rows in found.values()]
     near = torch.stack([each <= longest * each.median() for each in lengths]).all(0)

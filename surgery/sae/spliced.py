@@ -10,6 +10,7 @@ and so is what counts as recovered. Both are given. Tokens that do not count (th
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from surgery.activations import edit
 from surgery.activations.interventions import unwrapped
 from surgery.errors import SurgeryError
 from surgery.models import Batch, as_batch, untouched
-from surgery.sae.activations import Stream
+from surgery.sae.activations import Rows, Stream, without_sinks
 from surgery.sae.dictionary import Dictionary
 
 
@@ -74,11 +75,9 @@ def loss_recovered(
     sums: dict[int, _Sums] = {}
     if ablation not in ("zero", "mean"):
         raise SurgeryError(f"There is no ablation '{ablation}'.", hint="zero, or mean.")
-    mean = _mean(stream, target) if ablation == "mean" else None
-    wanted = Stream(stream.models, list(dict.fromkeys([site, target])), [], stream.keep, longest=stream.longest)
-    for number, thing in enumerate(stream.batches):
-        batch = as_batch(thing, stream.tokenizer)
-        kept, rows = wanted.seen(batch, number)
+    sites = list(dict.fromkeys([site, target]))
+    mean = _mean(stream, sites, target) if ablation == "mean" else None
+    for batch, kept, rows in _read(stream, sites):
         scored = kept & _followed(batch)
         if not bool(scored.any()):
             continue
@@ -102,12 +101,25 @@ def _parts(stream: Stream, dictionary: Dictionary, x: Tensor, y: Tensor) -> dict
     return dict(enumerate(output.chunk(many, dim=1)))
 
 
-def _mean(stream: Stream, target: str) -> list[Tensor]:
+def _read(stream: Stream, sites: list[str]) -> Iterator[tuple[Batch, Tensor, Rows]]:
+    """Every batch, which of its tokens count, and their rows of all models side by side: of a difference too."""
+    longest = stream.longest
+    wanted = Stream(stream.models, sites, [], stream.keep, longest=0.0 if stream.difference else longest)
+    for number, thing in enumerate(stream.batches):
+        batch = as_batch(thing, stream.tokenizer)
+        kept, rows = wanted.seen(batch, number)
+        if stream.difference and longest and bool(kept.any()):  # sinks are those of what the dictionary reads
+            apart = {name: tuned - base for name, both in rows.items() for base, tuned in [both.chunk(2, dim=1)]}
+            near, _ = without_sinks(kept, apart, longest)
+            kept, rows = near, {name: both[near[kept].to(both.device)] for name, both in rows.items()}
+        yield batch, kept, rows
+
+
+def _mean(stream: Stream, sites: list[str], target: str) -> list[Tensor]:
     """Of each model, the mean of the target's rows."""
     total: Tensor | None = None
     count = 0
-    whole = Stream(stream.models, [target], stream.batches, stream.keep, stream.tokenizer, longest=stream.longest)
-    for rows in whole:
+    for _, _, rows in _read(stream, sites):
         added = rows[target].double().sum(0)
         total, count = added if total is None else total + added, count + len(rows[target])
     if total is None or not count:
@@ -134,7 +146,7 @@ class _Sums:
     ) -> None:
         """The model as it is, then with each of the stand-ins in the places of `kept`."""
         model = unwrapped(model)
-        right = batch.ids.roll(-1, 1)[scored]
+        right = batch.ids.roll(-1, 1)[scored].cpu()
 
         def log_probs(stand_in: Tensor | None) -> Tensor:
             def put(values: Tensor) -> Tensor:

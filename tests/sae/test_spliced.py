@@ -97,3 +97,18 @@ def test_what_has_no_prediction_is_told(pair):
         loss_recovered(Stream(base, "resid_post.1", batches, real_tokens(99)), Exact())
     with pytest.raises(SurgeryError, match="no ablation 'nought'"):
         loss_recovered(Stream(base, "resid_post.1", batches), Exact(), ablation="nought")
+
+
+def test_sinks_of_a_difference_are_those_of_the_difference(pair):
+    """Long where the two differ much, though each is as long there as elsewhere: left as they are, and not scored."""
+    base, tuned, batches = pair
+    longest, site = 3.0, "resid_post.2"
+    stream = Stream([base, tuned], site, batches, difference=True, longest=longest)
+    counted = sum(
+        int((stream.seen(b)[0] & torch.cat([b.mask[:, 1:], torch.zeros(len(b), 1) > 0], 1)).sum()) for b in batches
+    )
+    lengths = [r[site].norm(dim=1) for r in Stream([base, tuned], site, batches, difference=True)]
+    assert any(bool((each > longest * each.median()).any()) for each in lengths), "there are some"
+    for ablation in ("zero", "mean"):
+        (found,) = loss_recovered(stream, Exact(), ablation=ablation)
+        assert found.tokens == counted and found.kl_dictionary < 1e-6

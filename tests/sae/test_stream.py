@@ -94,6 +94,9 @@ def test_differences_are_the_seconds_less_the_firsts(models):
         one, other = both["resid_post.2"].chunk(2, dim=1)
         assert torch.equal(apart["resid_post.2"], other - one)
     (last,) = Stream(base, "resid_post.2", batches).after(1)
+    assert not list(Stream(base, "resid_post.2", batches, begin=1).after(1))
+    (rows,) = Shuffled(Stream(base, "resid_post.2", batches, begin=1), size=99, batch=99, drop_last=False)
+    assert len(rows["resid_post.2"]) == len(last["resid_post.2"])
     assert torch.equal(last["resid_post.2"], list(Stream(base, "resid_post.2", batches))[1]["resid_post.2"])
 
 
