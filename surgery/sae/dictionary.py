@@ -106,7 +106,7 @@ class Dictionary(nn.Module):
         """The codes of activations (rows, d_in), as the rule chooses them after training."""
         self.check(x)
         (found, *_) = encode(x, self.encoder, self.bias, self.centered, self.rule.pick(self))
-        return found
+        return self.rule.values(self, found)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_out) rebuilt from (..., d_in)."""

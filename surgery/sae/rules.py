@@ -63,6 +63,10 @@ class Rule:
         """How codes are chosen after training."""
         raise NotImplementedError
 
+    def values(self, of: Dictionary, codes: Codes) -> Codes:
+        """The codes, of those that `pick` chose: themselves where they are h."""
+        return codes
+
     def settle(self, of: Dictionary) -> None:
         """Behind each step of the optimizer: what parameters may not become."""
 
@@ -125,11 +129,17 @@ class Gated(Rule):
         def choose(pre: Any, rows: int) -> Any:
             def both(part: slice) -> Tensor:
                 gate = pre(part)
-                return (gate > 0) * self._magnitude(of, gate)
+                return gate * (self._magnitude(of, gate) > 0)
 
             return above(both, rows, of.latents, of.bias.new_zeros(()))
 
         return Pick(choose)
+
+    def values(self, of: Dictionary, codes: Codes) -> Codes:
+        """Magnitudes in place of gates."""
+        index = codes.layout.index
+        read = (codes.values - of.bias[index]) * of.extra("r_mag").exp()[index]
+        return Codes(read + of.extra("b_mag")[index], codes.layout)
 
     def _magnitude(self, of: Dictionary, gate: Tensor) -> Tensor:
         return ((gate - of.bias) * of.extra("r_mag").exp() + of.extra("b_mag")).relu()

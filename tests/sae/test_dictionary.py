@@ -211,3 +211,16 @@ def test_where_it_begins():
 def test_what_does_not_fit_is_refused(make, told):
     with pytest.raises(SurgeryError, match=told):
         make()
+
+
+def test_codes_of_a_gated_dictionary_have_gradients():
+    """After training too, where its codes are magnitudes and not what chooses them."""
+    mine, x = dictionary(Gated()), batch().requires_grad_()
+    wanted = [x, *mine.parameters()]
+    gate = mine.pre(x)
+    f = (gate > 0) * relu((gate - mine.bias) * mine.r_mag.exp() + mine.b_mag)
+    expected = torch.autograd.grad(mine.decoded(f, x).square().sum(), wanted)
+    found = torch.autograd.grad(mine(x).square().sum(), wanted)
+    torch.testing.assert_close(mine.codes(x).dense(), f)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
