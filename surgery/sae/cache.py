@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.activations.interventions import unwrapped
+from surgery.checkpoint.disk import reason
 from surgery.checkpoint.provenance import Checksum
 from surgery.checkpoint.reader import open_checkpoint
 from surgery.errors import SurgeryError
@@ -105,6 +106,7 @@ def _shard(
     partial: Path, about: dict[str, Any], shards: list[dict[str, int]], held: list[Rows], kind: torch.dtype, seen: int
 ) -> None:
     """Writes one shard, then says so in the manifest: whenever the process dies, what that names is whole."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {site: torch.cat([rows[site] for rows in held]).to(kind).cpu().contiguous() for site in held[0]}
@@ -117,9 +119,9 @@ def _shard(
         manifest = partial / f".{MANIFEST}"
         manifest.write_text(json.dumps(about | {"shards": shards}, indent=1) + "\n", encoding="utf-8")
         os.replace(manifest, partial / MANIFEST)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise SurgeryError(f"{path.name} could not be written ({error.strerror or error}).",
+        raise SurgeryError(f"{path.name} could not be written ({reason(error)}).",
                            hint="Make room and run again: whole shards are kept.") from error  # fmt: skip
 
 

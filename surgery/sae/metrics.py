@@ -56,6 +56,8 @@ def measure(dictionary: Dictionary, batches: Iterable[Tensor], targets: Iterable
     origin: Tensor | None = None
     fired = torch.zeros(dictionary.latents, dtype=torch.long)
     for x, y in ((b, b) for b in batches) if targets is None else zip(batches, targets, strict=True):
+        if not len(x):  # a batch of which no token counts
+            continue
         found = dictionary.codes(x)
         output, wanted = dictionary.from_codes(found, x).double(), y.double()
         origin = wanted.mean(0) if origin is None else origin  # a variance about something near: nothing cancels

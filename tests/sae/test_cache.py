@@ -121,3 +121,16 @@ def test_what_is_no_cache_is_told(model, tmp_path):
     (tmp_path / "c" / MANIFEST).write_text(json.dumps(words))
     with pytest.raises(SurgeryError, match="give no batch of 1,000"):
         next(Cached(tmp_path / "c").batches(1000))
+
+
+def test_a_full_disk_is_told(model, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    def full(*_):
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", full)
+        with pytest.raises(SurgeryError, match="rows-00000.safetensors could not be written .*No space left"):
+            write(stream(model), tmp_path / "a")
+    write(stream(model), tmp_path / "a")

@@ -70,3 +70,10 @@ def test_planted_rows_are_sums_of_their_directions():
     on = sizes[sizes > 0]
     assert float(on.min()) >= 0.5 and float(on.max()) <= 1
     assert not torch.equal(x, planted.rows(500, seed=2)[0]) and torch.equal(x, planted.rows(500, seed=1)[0])
+
+
+def test_batches_without_rows_count_for_nothing():
+    dictionary, x = Dictionary(10, 40, TopK(k=4)), rows()
+    assert measure(dictionary, [x[:0], x, x[:0]]).to_dict() == measure(dictionary, [x]).to_dict()
+    with pytest.raises(SurgeryError, match="no activations"):
+        measure(dictionary, [x[:0]])
