@@ -106,11 +106,13 @@ def overview(
     show: Show | None = None,
     k: int = 8,
     random: int = 0,
+    seed: int = 0,
 ) -> Overview:
     """The `latents` named, or the `top` of one kind, each with `k` examples: two passes over the texts.
 
-    `show` is "tuned", "base" or "used"; "tuned" where there is a pair and "used" otherwise. Raises `SurgeryError` for
-    a kind where there is no pair, for readers that don't belong together, and as `examples` does.
+    `show` is "tuned", "base" or "used"; "tuned" where there is a pair and "used" otherwise. `random` more examples of
+    each are drawn by `seed`. Raises `SurgeryError` for a kind where there is no pair, for readers that don't belong
+    together, and as `examples` does.
     """
     readers = [reader] if isinstance(reader, Reader) else list(reader)
     first = readers[-1]
@@ -142,7 +144,8 @@ def overview(
     if not chosen:
         raise SurgeryError(f"No latent leans to the {show} model on these texts.", hint="show='used' shows others.")
     names = NAMES if len(readers) == 2 else ("",)
-    sets = {name: examples(r, texts, chosen, k=k, random=random) for name, r in zip(names, readers, strict=True)}
+    sets = {name: examples(r, texts, chosen, k=k, random=random, seed=seed)
+            for name, r in zip(names, readers, strict=True)}  # fmt: skip
     return Overview(first, chosen, sets, scaling, changes, _tokens(first, chosen, show))
 
 

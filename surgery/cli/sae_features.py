@@ -96,7 +96,7 @@ def features(
         torch.set_num_threads(threads)
     loaded, about = load(dictionary)
     readers, names = _readers(loaded, about, dictionary, model, base, site, difference, dtype, device)
-    found = overview(readers, read, latent, top=top, show=show, k=k, random=chance)
+    found = overview(readers, read, latent, top=top, show=show, k=k, random=chance, seed=seed)
     written = []
     if html is not None:
         written.append(found.page(f"Features of {dictionary.name}", k).save(html))

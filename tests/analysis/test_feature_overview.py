@@ -68,6 +68,8 @@ def test_of_any_other_by_use_and_by_name(models):
     sums = overview(reader, TEXTS, range(N)).sets[""].sums
     assert found.latents == np.argsort(-sums, kind="stable")[:5].tolist() and found.kinds == {}
     assert overview(reader, TEXTS, [4, 2]).latents == [4, 2]
+    (one, same, other) = (overview(reader, TEXTS, top=5, random=2, seed=s).to_dict() for s in (1, 1, 2))
+    assert one == same != other
     heads = Reader(Dictionary(24, N, TopK(k=4)), models[0], "z.3.1", models[2])
     assert overview(heads, TEXTS, top=2).tokens == {}
 

@@ -68,6 +68,14 @@ def test_a_dictionary_of_one_model_alone_and_in_both(capsys, folders, tmp_path):
     assert named["texts"] == 2 and named["tokens"] == 18 and named["site"] == "mlp_out.1"
 
 
+def test_the_seed_draws_examples_too(capsys, folders, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"n {a}{b}=#{b}{a}\n" for a in "abcd" for b in "abcd"))
+    read = [folders / "one", "--texts", texts, "--threads", "1", "--latent", "3", "-l", "4", "--random", "1"]
+    one, same, other = (told(capsys, *read, "--seed", seed)["latents"] for seed in (1, 1, 2))
+    assert one == same and one != other
+
+
 def test_differences(capsys, folders):
     found = told(capsys, folders / "difference", "--model", "tiny-shift", "--base", "tiny-base", *READ, "--top", 1)
     assert found["models"] == ["tiny-base", "tiny-shift"] and found["latents"][0]["fires"] > 0
