@@ -137,19 +137,19 @@ def tune(
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(list(range(torch.cuda.device_count()))))
         stack.enter_context(untouched(model, *others, gradients=True))
-        stack.enter_context(_checkpointing(model) if gradient_checkpointing else nullcontext())
         before = dict(vars(model))
         try:
-            tuned = lora(model, rank=adapter.rank, alpha=adapter.alpha, modules=adapter.modules, seed=seed,
-                         dropout=adapter.dropout)  # fmt: skip
-            for name, module in model.named_modules():
-                if name.endswith(".lora_dropout"):
-                    module.train()
-            torch.manual_seed(seed)
-            _learn(
-                tuned, in_float32(dictionary, model.device), site, _repeated(batches, epochs, steps), teacher=teacher,
-                labels=labels, gradient=gradient, lr=lr, clip=clip, on_step=on_step,
-            )  # fmt: skip
+            with _checkpointing(model) if gradient_checkpointing else nullcontext():
+                tuned = lora(model, rank=adapter.rank, alpha=adapter.alpha, modules=adapter.modules, seed=seed,
+                             dropout=adapter.dropout)  # fmt: skip
+                for name, module in model.named_modules():
+                    if name.endswith(".lora_dropout"):
+                        module.train()
+                torch.manual_seed(seed)
+                _learn(
+                    tuned, in_float32(dictionary, model.device), site, _repeated(batches, epochs, steps),
+                    teacher=teacher, labels=labels, gradient=gradient, lr=lr, clip=clip, on_step=on_step,
+                )  # fmt: skip
             tuned.eval()
             if not keep:
                 found = merged(tuned)
@@ -249,7 +249,7 @@ def _checkpointing(model: Any) -> Iterator[None]:
     from surgery.training.policy import checkpoints_activations, without_dropout
 
     on = checkpoints_activations(model)
-    hooked = bool(getattr(model, "_require_grads_hooks", None))
+    hooks = [(module._forward_hooks, set(module._forward_hooks)) for module in model.modules()]
     try:
         if not on:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -258,8 +258,9 @@ def _checkpointing(model: Any) -> Iterator[None]:
     finally:
         if not on:
             model.gradient_checkpointing_disable()
-            if not hooked:  # transformers leaves a hook on the input embedding
-                model.disable_input_require_grads()
+        for now, before in hooks:
+            for key in set(now) - before:  # of transformers and of PEFT, for gradients behind input embeddings
+                del now[key]
 
 
 def _check(

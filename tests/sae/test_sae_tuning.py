@@ -214,6 +214,20 @@ def test_checkpointing_computes_the_same(tiny, batches, stand):
     assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_nothing_of_checkpointing_stays(tiny, batches, keep):
+    """Neither in the target nor in what is given back: flags, hooks, and a dropout that was set to 0 meanwhile."""
+    model = copy.deepcopy(tiny[0])
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    hooks = len(model.get_input_embeddings()._forward_hooks)
+    tuned = tune(model, of(), "resid_post.1", batches, gradient_checkpointing=True, keep=keep, **QUICK)
+    for each in (model, tuned):
+        assert not any(getattr(m, "gradient_checkpointing", False) or m.training for m in each.modules())
+        assert {m.attention_dropout for m in each.modules() if hasattr(m, "attention_dropout")} == {0.1}
+        assert len(each.get_input_embeddings()._forward_hooks) == hooks
+
+
 def test_an_adapter_that_is_kept_is_the_same_change(tiny, batches, tmp_path):
     merged = tune(tiny[0], of(), "resid_post.1", batches, **QUICK)
     model = copy.deepcopy(tiny[0])
