@@ -180,21 +180,23 @@ class Cached:
             found[name] = out
         return found
 
-    def batches(self, size: int, *, seed: int = 0, epochs: int | None = None, begin: int = 0) -> Iterator[Rows]:
+    def batches(
+        self, size: int, *, seed: int = 0, epochs: int | None = None, begin: int = 0, sites: Iterable[str] | None = None
+    ) -> Iterator[Rows]:
         """Batches of rows in random order, a new one in each epoch; without end when `epochs` is None.
 
         Rows that are fewer than a batch at an epoch's end wait for the next epoch's. The first `begin` batches are
-        passed over, without reading them.
+        passed over, without reading them. Of `sites` alone, where some are named.
         """
         if not 0 < size <= len(self):
             raise SurgeryError(f"{len(self):,} rows give no batch of {size:,}.", hint="Take smaller batches.")
         generator = torch.Generator().manual_seed(seed)
-        left = torch.zeros(0, dtype=torch.long)
+        left, names = torch.zeros(0, dtype=torch.long), list(sites or self.names)
         epoch = number = 0
         while epochs is None or epoch < epochs:
             left = torch.cat([left, torch.randperm(len(self), generator=generator)])
             while len(left) >= size:
                 if number >= begin:
-                    yield self.rows(left[:size])
+                    yield self.rows(left[:size], names)
                 left, number = left[size:], number + 1
             epoch += 1

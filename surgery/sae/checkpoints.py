@@ -131,6 +131,9 @@ class Checkpoints:
             source.shuffled.restore(tensors.pop("buffer"), state["read"])
             source.done = state["done"]
             fitting.restore(tensors, state["numbers"])
+            if remark and fitting.step >= self.recipe.steps:  # its last step was none: nothing was finished by it
+                raise SurgeryError(f"The run is at step {fitting.step:,}, and {self.recipe.steps:,} are asked for.",
+                                   hint="As many steps as at its beginning, or more than were done.")  # fmt: skip
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise SurgeryError(f"{folder} can't be read: {error}.",
                                hint="Remove it: --resume goes on from the one before.") from None  # fmt: skip

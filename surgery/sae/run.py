@@ -96,6 +96,7 @@ def train(
     if recipe.evaluate.sequences:
         source.held_out()  # text too short for it is found out before the training, not behind it
     entries = source.entries()
+    source.prepare()
     fitting = Fitting(entries, recipe.steps, world)
     kept = Checkpoints(folder, recipe, world)
     with kept:

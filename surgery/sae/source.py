@@ -48,6 +48,8 @@ class Source:
         self.shuffled = Shuffled(self.stream, size=recipe.buffer, batch=recipe.rows, seed=recipe.seed)
         self.done = 0
         """Batches of a cache that are behind."""
+        self.cached: Cached | None = None
+        self._held: list[Counted] | None = None
 
     def _stream(self, batches: Iterable[Any]) -> Stream:
         return Stream(self.models, self.recipe.sites, batches, counted, self.tokenizer, self.recipe.difference,
@@ -73,13 +75,18 @@ class Source:
             found[name] = Entry(site, dictionary.to(device), settings_of(self.recipe, one), target)
         return found
 
+    def prepare(self) -> None:
+        """Opens the cache, written where it is not there: what is wrong with it is told before a run has a folder."""
+        if self.recipe.cache is not None:
+            self.cached = self._cached(self.recipe.cache.expanduser())
+
     def batches(self) -> Iterator[Rows]:
         """Rows to train on, from where the run is."""
-        if self.recipe.cache is None:
+        if self.cached is None:
             yield from self.shuffled
             return
-        cached = self._cached(self.recipe.cache.expanduser())
-        for rows in cached.batches(self.recipe.rows, seed=self.recipe.seed, begin=self.done):
+        size, names = self.recipe.rows, self.stream.names
+        for rows in self.cached.batches(size, seed=self.recipe.seed, begin=self.done, sites=names):
             self.done += 1
             yield rows
 
@@ -108,11 +115,13 @@ class Source:
 
     def held_out(self) -> list[Counted]:
         """Text that is never trained on: of tasks without end, rows of another seed."""
-        many, recipe = self.recipe.evaluate.sequences, self.recipe
-        if self.text.rows.size != math.inf:
-            return self.text.held_out(many)
-        rows = text_rows(recipe.data, recipe.folder, recipe.seed + HELD_OUT)
-        return Text(rows, self.tokenizer, recipe.reading, recipe.seed).held_out(many)
+        if self._held is None:
+            recipe, text = self.recipe, self.text
+            if text.rows.size == math.inf:
+                rows = text_rows(recipe.data, recipe.folder, recipe.seed + HELD_OUT)
+                text = Text(rows, self.tokenizer, recipe.reading, recipe.seed)
+            self._held = text.held_out(recipe.evaluate.sequences)
+        return self._held
 
     def measured(self, entry: Entry) -> Measured:
         """One dictionary on held-out text; every process does all of it."""

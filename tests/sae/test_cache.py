@@ -37,6 +37,7 @@ def test_what_is_read_is_what_was_written(model, tmp_path):
     assert all(torch.equal(everything(cached)[name], expected[name]) for name in SITES)
     mixed = torch.tensor([30, 2, 17, 2])
     assert torch.equal(cached.rows(mixed, ["z.0"])["z.0"], expected["z.0"][mixed])
+    assert {tuple(next(cached.batches(4, sites=s))) for s in (None, ["z.0"])} == {tuple(SITES), ("z.0",)}
     write(stream(model), tmp_path / "half", dtype="bfloat16")
     half = everything(Cached(tmp_path / "half"))
     assert all(torch.equal(half[name], expected[name].bfloat16().float()) for name in SITES)

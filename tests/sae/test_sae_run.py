@@ -18,6 +18,7 @@ from surgery.sae.formats import load
 from surgery.sae.recipe import load as load_recipe
 from surgery.sae.recipe import make, packaged, settings_of
 from surgery.sae.run import train
+from surgery.sae.text import Text
 
 ONE = {
     "model": "tiny-base", "data": "chain", "steps": 12, "rows": 64, "buffer": 256,
@@ -64,8 +65,11 @@ def stopped(words, out, at, **more):
         run(words, out, on_step=on_step, **more)
 
 
-def test_a_run_leaves_its_dictionaries_and_what_they_are_worth(tmp_path):
+def test_a_run_leaves_its_dictionaries_and_what_they_are_worth(tmp_path, monkeypatch):
+    usual, calls = Text.held_out, []
+    monkeypatch.setattr(Text, "held_out", lambda *words: calls.append(1) or usual(*words))
     found = run(SEVERAL, tmp_path / "run")
+    assert len(calls) == 1, "held-out text is read once, for all dictionaries"
     there = {p.name for p in (tmp_path / "run").iterdir()}
     assert there == {"recipe.json", "metrics.jsonl", "curves.png", "density.png", "density.safetensors", "quality.json",
                      "dictionaries"}  # fmt: skip
@@ -106,6 +110,7 @@ def test_a_cached_run_goes_on_bit_for_bit_and_reads_no_model_twice(tmp_path):
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()} == before
     with pytest.raises(SurgeryError, match="other weights"):
         run(words | {"model": "tiny-chain"}, tmp_path / "other")
+    assert not (tmp_path / "other").exists(), "nothing was begun"
     with pytest.raises(SurgeryError, match="was written with another `reading`"):
         run(words | {"reading": {"context": 24, "batch": 4}}, tmp_path / "else")
     with pytest.raises(SurgeryError, match="holds resid_post.1, and not 'resid_post.2'"):
@@ -162,6 +167,9 @@ def test_what_cannot_go_on_is_told(tmp_path):
         run(ONE, out)
     with pytest.raises(SurgeryError, match="began with another recipe: rows was 64 and is 32"):
         run(ONE | {"rows": 32}, out, resume=True)
+    with pytest.raises(SurgeryError, match="is at step 3, and 3 are asked for"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(ONE | {"steps": 3}, out, resume=True)
     state = out / "checkpoint-000003" / "state.json"
     words = json.loads(state.read_text())
     state.write_text(json.dumps(words | {"version": 99}))
