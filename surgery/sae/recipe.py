@@ -60,7 +60,7 @@ class OneDictionary(Part):
 
 
 class Evaluation(Part):
-    """On sequences that are never trained on."""
+    """On sequences that are never trained on; of tasks, and of several data mixed, rows drawn by another seed."""
 
     sequences: int = Field(64, ge=0, description="so many (0: none)")
     loss: bool = Field(True, description="what the model loses when reconstructions stand in")
@@ -129,7 +129,7 @@ def check(recipe: Recipe) -> None:
                            hint="dictionaries: {one: {site: resid_post.2, latents: 1024}}")  # fmt: skip
     if recipe.data is None:
         raise SurgeryError("The recipe has no data.", hint="data: {file: texts.jsonl}, or data: {task: chain}")
-    if recipe.buffer < recipe.rows:
+    if recipe.cache is None and recipe.buffer < recipe.rows:
         raise SurgeryError(f"`buffer` holds {recipe.buffer:,} activations, and a step takes {recipe.rows:,}.",
                            hint="Raise buffer, well above rows.")  # fmt: skip
     if recipe.difference and len(recipe.models) != 2:

@@ -75,9 +75,10 @@ def train(
 
     `models` (one or several, with their `tokenizer`) stand in for those that the recipe names. With `out`, that folder
     gets the dictionaries, the logs and the checkpoints that `resume` starts from, bit for bit; a KeyboardInterrupt that
-    `on_step` raises leaves a checkpoint of its step. Started as several processes (torchrun, accelerate) each reads
-    some of the text and trains some of the dictionaries: the results are those of one process, bit for bit. Raises
-    `SurgeryError` in a sentence for whatever is wrong, before a model is loaded where possible.
+    `on_step` raises (of several processes all of them) leaves a checkpoint of its step. Started as several processes
+    (torchrun, accelerate) each reads some of the text and trains some of the dictionaries: the results are those of one
+    process, bit for bit. Raises `SurgeryError` in a sentence for whatever is wrong, before a model is loaded where
+    possible.
     """
     if recipe is None:
         recipe = make(words)
@@ -119,7 +120,7 @@ def train(
                 kept.save(fitting, source)
                 raise
             every = recipe.checkpoint.every
-            if every and step % every == 0 and step < recipe.steps:
+            if every and (step % every == 0 or step == recipe.steps):  # what follows the last step can fail too
                 kept.save(fitting, source)
 
         fitting.run(source.batches(), note)
@@ -171,7 +172,7 @@ def _written(
     except (OSError, SafetensorError, SurgeryError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         told = error.problem if isinstance(error, SurgeryError) else reason(error)
-        last = max((path.name for path in out.glob("checkpoint-*")), default=None)
+        last = max((path.name for path in out.glob("checkpoint-*")), key=lambda name: (len(name), name), default=None)
         raise SurgeryError(f"The dictionaries could not be written to {out} ({told.rstrip('.')}).",
                            hint=f"{last} is kept: make room and run again with --resume." if last else
                            "Make room and run again with --resume, which begins anew: with checkpoint.every set, most "

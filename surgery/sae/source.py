@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,12 @@ class Source:
         about = {"site": one.site, "target": one.target, "models": [str(m) for m in self.recipe.models],
                  "difference": self.recipe.difference, "reading": self.recipe.reading.model_dump(mode="json"),
                  "steps": self.recipe.steps, "rows": self.recipe.rows, "seed": self.recipe.seed}  # fmt: skip
-        return about | {"of": identity(self.models, self.tokenizer)}
+        return about | {"of": self._identity}
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """Whose activations they are: a checksum of all weights."""
+        return identity(self.models, self.tokenizer)
 
 
 @dataclass

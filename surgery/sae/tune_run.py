@@ -294,7 +294,8 @@ class Lab:
         entries = {site: Entry(site, dictionary, learning) for site, dictionary in start.items()}
         if settings.steps:
             text = self.text(self.recipe.trigger or self.recipe.data, reading.batch, seed)
-            stream = Stream(model, self.recipe.sites, text, keep=real_tokens(reading.skip))
+            stream = Stream(model, self.recipe.sites, text, keep=real_tokens(reading.skip),
+                            longest=reading.longest)  # fmt: skip
             rows = Shuffled(stream, size=settings.buffer, batch=settings.rows, seed=seed)
             fit(entries, rows, steps=settings.steps)
         return {site: entry.dictionary.requires_grad_(False) for site, entry in entries.items()}

@@ -254,7 +254,8 @@ def _save_model(model: Any, folder: Path, state: dict[str, Any]) -> None:
 
 def _found(out: Path) -> list[Path]:
     """Checkpoints, the oldest first."""
-    return sorted(path for path in out.glob("checkpoint-*") if (path / "state.json").is_file())
+    found = [path for path in out.glob("checkpoint-*") if (path / "state.json").is_file()]
+    return sorted(found, key=lambda path: (len(path.name), path.name))  # steps of seven digits behind those of six
 
 
 # ---- files

@@ -41,8 +41,9 @@ def test_every_dictionary_comes_back_bit_for_bit(rule, more, tmp_path):
         ({"rule": {}}, "One rule is expected"),
         ({"models": 3}, "do not fit"),
         ({"models": "2"}, "models is '2'"),
+        ({"models": 0}, "models is 0"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_configs_that_do_not_fit_are_told(change, told, tmp_path):
     save(Dictionary(8, 20, TopK(k=3)), tmp_path / "d")

@@ -146,7 +146,7 @@ def test_a_disk_that_is_full_at_the_end_costs_what_came_after_the_last_checkpoin
         patch.setattr(formats, "save", full)
         with pytest.raises(SurgeryError, match=r"could not be written to .* \(No space left on device\)") as error:
             run(words, tmp_path / "run")
-    assert error.value.hint == "checkpoint-000010 is kept: make room and run again with --resume."
+    assert error.value.hint == "checkpoint-000012 is kept: make room and run again with --resume."
     found = run(words, tmp_path / "run", resume=True)
     assert same(found, run(words)) and len(found.metrics) == 12
     assert not list((tmp_path / "run").glob(".*"))

@@ -8,7 +8,6 @@ Keys: encoder (D, d_in), bias (D), decoder (D, d_out), b_dec (d_out), skip (d_ou
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,14 +40,16 @@ class Own(Format):
         stored = Stored(folder, self.weights[0])
         latents, d_in = stored.shape("encoder", 2)
         d_out = stored.shape("decoder", 2)[1]
-        centered = config.take("centered", bool, True)
+        centered, models = config.take("centered", bool, True), config.take("models", int, 1)
+        if models < 1:
+            raise SurgeryError(f"{config.where}: models is {models}; a dictionary reads one or more.")
         if centered and d_in != d_out:
             raise SurgeryError(f"{stored.file}: the encoder reads {d_in:,} numbers and the decoder gives {d_out:,}.",
                                hint="The config says that it rebuilds what it reads: it is damaged.")  # fmt: skip
         extras = {}
         for name, value in rule.extras(1).items():
             shape = stored.shape(name, value.ndim)
-            if math.prod(shape) not in (1, latents):
+            if shape not in ((), (latents,)):
                 raise SurgeryError(f"{stored.file}: '{name}' is {list(shape)}, and there are {latents:,} latents.")
             extras[name] = stored.take(name, *shape, allow="inf")
         parts = Parts(
@@ -59,7 +60,7 @@ class Own(Format):
             stored.take("b_dec", d_out),
             stored.take("skip", d_out, d_in) if "skip" in stored else None,
             centered,
-            config.take("models", int, 1),
+            models,
             extras,
         )
         stored.finish()
