@@ -112,8 +112,8 @@ def latent_scaling(dictionary: Dictionary, batches: Iterable[Tensor]) -> Scaling
     Raises `SurgeryError` for a dictionary that is no crosscoder of two models, and without rows.
     """
     base, tuned = _parts(dictionary)
-    squares = torch.zeros(dictionary.latents, dtype=torch.float64)
-    rows = torch.zeros(dictionary.latents, dtype=torch.long)
+    squares = torch.zeros(dictionary.latents, dtype=torch.float64, device=base.device)
+    rows = torch.zeros(dictionary.latents, dtype=torch.long, device=base.device)
     sums = {(model, kind): squares.clone() for model in (0, 1) for kind in ("error", "reconstruction")}
     for x in batches:
         codes = dictionary.codes(x)
@@ -131,6 +131,5 @@ def latent_scaling(dictionary: Dictionary, batches: Iterable[Tensor]) -> Scaling
     beta = {key: total / (squares * length) for key, total in sums.items()}  # 0 / 0 is NaN: never used
     error = beta[0, "error"] / (beta[1, "error"] + 1)  # with the tuned model's own part put back
     cosine = torch.nn.functional.cosine_similarity(base, tuned, dim=1, eps=0.0)
-    return Scaling(
-        relative_norms(dictionary), rows, error, beta[0, "reconstruction"] / beta[1, "reconstruction"], cosine
-    )
+    found = (relative_norms(dictionary), rows, error, beta[0, "reconstruction"] / beta[1, "reconstruction"], cosine)
+    return Scaling(*(each.cpu() for each in found))
