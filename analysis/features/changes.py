@@ -145,17 +145,19 @@ def changed(
     latents: Sequence[int] | None = None,
     keep: Keep | None = None,
     batch_size: int = 16,
+    max_tokens: int = 1024,
 ) -> Changed:
     """One pass of both models over the same texts: when is each latent active in either, and how much.
 
-    Memory is texts x latents. Raises `SurgeryError` for a crosscoder (its decoder's norms say more: `latent_scaling`),
-    for a site or width that does not fit, without text, and where the sums would take too much memory.
+    Of longer texts the first `max_tokens` are read. Memory is texts x latents. Raises `SurgeryError` for a crosscoder
+    (its decoder's norms say more: `latent_scaling`), for a site or width that does not fit, without text, and where the
+    sums would take too much memory.
     """
     if dictionary.models > 1:
         raise SurgeryError("A crosscoder reads both models at once, and has one activation for both.",
                            hint="latent_scaling(crosscoder, reader.rows(texts)) tells whose they are.")  # fmt: skip
     reader = Reader(dictionary, [base, tuned], site, tokenizer, difference=True, keep=keep or real_tokens(),
-                    batch_size=batch_size)  # fmt: skip
+                    batch_size=batch_size, max_tokens=max_tokens)  # fmt: skip
     chosen = reader.chosen(latents)
     place = reader.at(chosen)
     stream = Stream(reader.models, [reader.site], [], reader.keep)

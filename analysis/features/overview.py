@@ -125,7 +125,7 @@ def overview(
     elif len(readers) == 2:
         base, tuned = (r.models[0] for r in readers)
         changes = changed(first.dictionary, base, tuned, texts, first.site, first.tokenizer, keep=first.keep,
-                          batch_size=first.batch_size)  # fmt: skip
+                          batch_size=first.batch_size, max_tokens=first.max_tokens)  # fmt: skip
     paired = scaling is not None or changes is not None
     show = show or ("tuned" if paired else "used")
     if show not in ("tuned", "base", "used") or (show != "used" and not paired):

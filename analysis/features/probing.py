@@ -103,6 +103,9 @@ def sparse_probe(
     chosen: dict[int, list[list[int]]] = {int(k): [] for k in ks}
     used = np.flatnonzero(np.diff(matrix.indptr))
     for fit, test in _splits(y, folds, groups, seed):
+        if len(set(y[fit].tolist())) < 2:
+            raise SurgeryError("All examples of a label are in one group, so that without it there is none to fit on.",
+                               hint="Give more groups of each label, or lower folds=.")  # fmt: skip
         part = matrix[:, fit]
         for i, k in enumerate(ks):
             best = pick(part, y[fit], int(k))

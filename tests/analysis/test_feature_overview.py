@@ -62,6 +62,13 @@ def test_of_one_dictionary_in_both_models(models):
     assert {e["model"] for row in rising.to_dict()["latents"] for e in row["examples"]} >= {"tuned"}
 
 
+def test_both_models_read_as_much_of_a_text_as_the_examples_show(models):
+    dictionary = Dictionary(96, N, TopK(k=4), norm=1.0)
+    readers = [Reader(dictionary, m, SITE, models[2], max_tokens=4) for m in models[:2]]
+    found = overview(readers, TEXTS, top=3)
+    assert found.changes.tokens.tolist() == [3] * len(TEXTS)
+
+
 def test_of_any_other_by_use_and_by_name(models):
     reader = Reader(Dictionary(96, N, TopK(k=4)), models[0], SITE, models[2])
     found = overview(reader, TEXTS, top=5)

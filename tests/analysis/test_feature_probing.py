@@ -124,6 +124,7 @@ def test_what_does_not_fit_is_refused():
         (lambda: sparse_probe(codes, labels, codes[:5]), "Raw activations"),
         (lambda: sparse_probe(codes, labels, select="luck"), "luck"),
         (lambda: sparse_probe(codes, labels, groups=[0] * 120), "as many groups"),
+        (lambda: sparse_probe(codes, ["b"] * 6 + ["a"] * 114, groups=[0] * 6 + [*range(1, 115)]), "are in one group"),
     ]  # fmt: skip
     for act, said in cases:
         with pytest.raises(SurgeryError, match=said):
