@@ -14,14 +14,6 @@ from surgery.models import encoded_prompts, load
 EXPERIMENT = "smollm2_logits"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 larger = pytest.mark.parametrize("experiment", ["upscaled"], indirect=True)
 
 

@@ -152,15 +152,10 @@ def _readers(
         raise SurgeryError(f"{folder} does not say where it reads.", hint="Add --site, for example resid_post.6.")
 
     from analysis.features.reader import Reader
-    from surgery.models import load, no_bars
+    from surgery.sae.source import opened
 
     names = [tuned] if base is None else [base, tuned]
-    with no_bars():
-        opened = [load(name, dtype, device) for name in names]
-    models, tokenizer = [one for one, _ in opened], opened[-1][1]
-    if any(other.get_vocab() != tokenizer.get_vocab() for _, other in opened):
-        raise SurgeryError(f"{names[0]} has other tokens than {names[-1]}, and both are to read the same.",
-                           hint="Pairs need one tokenizer.")  # fmt: skip
+    models, tokenizer = opened(names, dtype, device)
     if paired or base is None:
         return Reader(loaded, models, place, tokenizer, difference=difference, target=target), names
     return [Reader(loaded, one, place, tokenizer, target=target) for one in models], names

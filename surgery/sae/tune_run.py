@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import SurgeryError
-from surgery.models import load as load_model
 from surgery.sae import formats
 from surgery.sae.activations import Shuffled, Stream, real_tokens
 from surgery.sae.dictionary import Dictionary
 from surgery.sae.metrics import measure
 from surgery.sae.recipe import rule_of
+from surgery.sae.source import opened
 from surgery.sae.text import Text, text_rows
 from surgery.sae.train import Entry, Settings, fit
 from surgery.sae.tune import tune
@@ -99,7 +99,10 @@ def run(
     out = out or recipe.output
     runs = Runs(None if out is None else Path(out))
     runs.check(recipe, force)
-    target, source, tokenizer = opened(recipe) if models is None else models
+    if models is None:
+        (target, source), tokenizer = opened([recipe.target, recipe.source], "auto")
+    else:
+        target, source, tokenizer = models
     if "shuffled" in recipe.arms:
         check_shapes(target, source)
     runs.begin(recipe, force)
@@ -149,15 +152,6 @@ def _mean(values: Sequence[float]) -> float:
 
 
 # ---- models and rows
-
-
-def opened(recipe: Recipe) -> tuple[Any, Any, Any]:
-    """Target, source and their tokenizer. Raises `SurgeryError` where they do not read the same tokens."""
-    (target, tokenizer), (source, other) = (load_model(name) for name in (recipe.target, recipe.source))
-    if tokenizer.get_vocab() != other.get_vocab():
-        raise SurgeryError(f"{recipe.target} and {recipe.source} read different tokens.",
-                           hint="Source and target are of one family.")  # fmt: skip
-    return target, source, tokenizer
 
 
 def held_out(recipe: Recipe) -> tuple[list[Row], list[Row]]:

@@ -174,7 +174,8 @@ def _task_rows(name: str, options: Row, seed: int) -> Rows:
 def _file_rows(name: str, options: Row, seed: int) -> Rows:
     path = Path(name)
     if not path.is_file():
-        raise SurgeryError(f"There is no data file {path}.")
+        raise SurgeryError(f"There is no data file {path}.",
+                           hint="It is looked up beside the recipe, then in the working folder.")  # fmt: skip
     try:
         if path.suffix == ".jsonl":
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

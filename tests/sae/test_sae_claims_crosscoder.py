@@ -6,14 +6,6 @@ import torch
 EXPERIMENT = "crosscoder_artefacts"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_the_pair_is_what_it_says(experiment):
     pair = experiment.Pair(2)
     base, tuned = pair.directions()

@@ -6,14 +6,6 @@ import torch
 EXPERIMENT = "planted_directions"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_nested_directions_are_on_with_their_own(experiment):
     world = experiment.Nested(seed=3)
     rows, sizes = world.rows(20_000, 1)

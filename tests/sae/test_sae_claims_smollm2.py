@@ -11,14 +11,6 @@ from surgery.errors import SurgeryError
 EXPERIMENT = "smollm2_dictionary"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_without_the_data_it_says_so(experiment, monkeypatch, capsys, tmp_path):
     def missing(*_):
         raise SurgeryError("GSM8K is missing.")

@@ -19,7 +19,7 @@ from surgery.sae.tune_arms import ARMS, Bench, shuffled_source, untrained
 from surgery.sae.tune_files import Runs
 from surgery.sae.tune_recipe import PACKAGED, answer_only, make
 from surgery.sae.tune_recipe import load as load_recipe
-from surgery.sae.tune_run import Apart, Lab, Outcome, apart, held_out, opened, run
+from surgery.sae.tune_run import Apart, Lab, Outcome, apart, held_out, run
 from surgery.training.data import ListRows, rows_of
 
 torch.set_num_threads(1)
@@ -236,8 +236,8 @@ def test_recipes_that_are_wrong(words, told):
 
 def test_models_that_do_not_fit_are_refused(tmp_path, models):
     other = tiny_checkpoint(tmp_path / "other", tokens=[*SPECIAL, *"abcdefgh"])
-    with pytest.raises(SurgeryError, match="read different tokens"):
-        opened(make(WORDS | {"source": str(other)}))
+    with pytest.raises(SurgeryError, match="has other tokens than"):
+        run(make(WORDS | {"source": str(other)}), Scored())
     small = load("tiny-small-base")[0]
     with pytest.raises(SurgeryError, match="can't be shuffled"):
         run(make(WORDS | {"arms": ["shuffled"]}), Scored(), models=(models[0], small, models[2]), out=tmp_path / "run")

@@ -121,7 +121,8 @@ class Stored:
         found = self.source.read(self.names[name])
         found = found if found.dtype in (torch.float32, torch.float64) else found.float()
         if ("nan" not in allow and found.isnan().any()) or ("inf" not in allow and found.isinf().any()):
-            raise SurgeryError(f"{self.file}: tensor '{name}' has numbers that are not finite.")
+            raise SurgeryError(f"{self.file}: tensor '{name}' has numbers that are not finite.",
+                               hint="Take the dictionary from before it broke, or fetch it again.")  # fmt: skip
         return found
 
     def scalar(self, name: str) -> float:
