@@ -105,7 +105,7 @@ def results(found: Outcome) -> dict[str, dict[int, Result]]:
 
 def transplants(words: Recipe, out: Path) -> dict[str, dict[str, dict[int, Result]]]:
     """By sibling and kind: before, the source itself, and by arm transplanted and trained there, of each seed."""
-    target, source, tokenizer = opened(words)
+    (target, source), tokenizer = opened([words.target, words.source], "auto")
     test, validation = held_out(words)
     chosen = {arm: _choice(out, arm) for arm in MOVED}
     found: dict[str, dict[str, dict[int, Result]]] = {}
@@ -128,7 +128,7 @@ def transplants(words: Recipe, out: Path) -> dict[str, dict[str, dict[int, Resul
 
 def negated(words: Recipe, out: Path) -> dict[int, Result]:
     """T minus the LoRA of "source", of each seed."""
-    target, _, tokenizer = opened(words)
+    [target], tokenizer = opened([words.target], "auto")
     test, _ = held_out(words)
     found = {}
     for seed in words.seeds:
