@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,7 +10,7 @@ import typer
 
 from surgery.cli import frame, planned_run, sae_features, sae_tune
 from surgery.cli.frame import Force, command, new_app, option
-from surgery.cli.train import Out, PlanOnly, Resume, watched
+from surgery.cli.train import Out, PlanOnly, Resume, announce, first_speaks, going_on, watched
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -50,7 +48,7 @@ def train(
     out: Out = None,
     resume: Resume = False,
     plan: PlanOnly = False,
-) -> int | None:
+) -> None:
     """Train dictionaries by a recipe: several of them over one stream of activations.
 
     All of the recipe is checked before a model is loaded. Ctrl-C ends the run after the step that it is in, with a
@@ -66,37 +64,24 @@ def train(
     from surgery.sae.recipe import load
     from surgery.sae.run import check_folder
 
-    later = int(os.environ.get("RANK", "0")) > 0  # of many processes the first one speaks
-    if later:
-        frame.STATE.quiet, frame.STATE.json = True, False
-    words = load(recipe, changes or ())
-    if models:
-        words = words.model_copy(update={"model": _named(models, words)})
-    folder = out or words.output or Path("runs") / words.name
-    if not plan:
-        check_folder(folder, resume)
-    told = _planned(words, folder, resume)
+    with first_speaks():
+        words = load(recipe, changes or ())
+        if models:
+            words = words.model_copy(update={"model": _named(models, words)})
+        folder = out or words.output or Path("runs") / words.name
+        if not plan:
+            check_folder(folder, resume)
+        told = _planned(words, folder, resume)
     if plan:
         frame.result(told, _table(told))
-        return None
-    if not (frame.STATE.quiet or frame.STATE.json):
-        import sys
-
-        from rich.console import Console
-
-        Console(stderr=True, width=None if sys.stderr.isatty() else 120).print(_table(told))
+        return
+    again = ["surgery", "sae", "train", recipe, *(w for change in changes or () for w in ("--set", change))]
+    again += [w for model in models or () for w in ("--model", model)]
+    announce(_table(told))
     began = time.perf_counter()
-    try:
+    with going_on(again, folder):
         run, warnings = _watched(words, folder, resume)
-    except KeyboardInterrupt:
-        again = ["surgery", "sae", "train", recipe, *(w for change in changes or () for w in ("--set", change))]
-        again += [*(w for model in models or () for w in ("--model", model)), "-o", str(folder), "--resume"]
-        step = planned_run.last_checkpoint(folder)
-        frame.STATE.on_stop = f"Go on from step {step} with: {shlex.join(again)}" if step else (
-            "It had no checkpoint yet: with --resume it begins again.")  # fmt: skip
-        raise
     _tell(words, run, folder, warnings, time.perf_counter() - began)
-    return None
 
 
 def _named(models: list[str], recipe: Recipe) -> str | list[str]:

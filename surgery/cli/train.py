@@ -23,6 +23,8 @@ from surgery.cli.recipes import complete_recipe
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from surgery.training.panel import Panel
     from surgery.training.recipe import Recipe
     from surgery.training.run import Run
@@ -52,7 +54,7 @@ def train(
     out: Out = None,
     resume: Resume = False,
     plan: PlanOnly = False,
-) -> int | None:
+) -> None:
     """Train a model by a recipe: on demonstrations, on preferences, or by reinforcement.
 
     All of the recipe is checked before a model is loaded. Ctrl-C ends the run after the step that it is in, with a
@@ -67,38 +69,56 @@ def train(
     """
     from surgery.training.recipe import load
 
-    later = int(os.environ.get("RANK", "0")) > 0  # of many processes the first one speaks
-    if later:
-        frame.STATE.quiet, frame.STATE.json = True, False
-    try:
+    with first_speaks():
         words = load(recipe, changes or ())
         words = words.model_copy(update={"model": model or words.model})
         folder = out or words.output or Path("runs") / words.name
         ready = planned_run.ready(words, folder, resume=resume, only=plan)
-    except SurgeryError:
-        if later:
-            return 2
-        raise
     if plan:
         frame.result(ready.told, ready.table())
-        return None
+        return
+    again = ["surgery", "train", recipe, *(w for change in changes or () for w in ("--set", change))]
+    again += ["--model", model] if model else []
+    announce(ready.table())
+    frame.notes(ready.notes)
+    began = time.perf_counter()
+    with going_on(again, folder):
+        run, warnings = _watched(words, ready, folder, resume)
+    _tell(words, run, folder, warnings, time.perf_counter() - began)
+
+
+@contextmanager
+def first_speaks() -> Iterator[None]:
+    """Of many processes only the first one speaks, from here on; what is refused inside all of them find."""
+    later = int(os.environ.get("RANK", "0")) > 0
+    if later:
+        frame.STATE.quiet, frame.STATE.json = True, False
+    try:
+        yield
+    except SurgeryError:
+        if later:
+            raise typer.Exit(2) from None
+        raise
+
+
+def announce(plan: Table) -> None:
+    """What will run, where it is not in the way of the outcome."""
     if not (frame.STATE.quiet or frame.STATE.json):
         from rich.console import Console
 
-        Console(stderr=True, width=None if sys.stderr.isatty() else 120).print(ready.table())
-    frame.notes(ready.notes)
-    began = time.perf_counter()
+        Console(stderr=True, width=None if sys.stderr.isatty() else 120).print(plan)
+
+
+@contextmanager
+def going_on(command: list[str], folder: Path) -> Iterator[None]:
+    """A run that is stopped inside says by which command it goes on."""
     try:
-        run, warnings = _watched(words, ready, folder, resume)
+        yield
     except KeyboardInterrupt:
-        again = ["surgery", "train", recipe, *(w for change in changes or () for w in ("--set", change))]
-        again += [*(["--model", model] if model else []), "-o", str(folder), "--resume"]
-        step = planned_run.last_checkpoint(folder)
+        step, again = planned_run.last_checkpoint(folder), [*command, "-o", str(folder), "--resume"]
         frame.STATE.on_stop = f"Go on from step {step} with: {shlex.join(again)}" if step else (
             "It had no checkpoint yet: with --resume it begins again.")  # fmt: skip
         raise
-    _tell(words, run, folder, warnings, time.perf_counter() - began)
-    return None
 
 
 def _watched(recipe: Recipe, ready: planned_run.Ready, folder: Path, resume: bool) -> tuple[Run, list[str]]:

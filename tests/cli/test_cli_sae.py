@@ -61,6 +61,15 @@ def test_plan_runs_nothing(capsys, tmp_path):
     assert code == 0 and found["output"] == f"{out} (going on from step 120)"
 
 
+def test_later_processes_are_silent_also_when_they_refuse(capsys, monkeypatch, tmp_path):
+    words = ["sae", "train", "sweep", "-o", str(tmp_path / "run"), "--set", "rows=999999"]
+    assert main(words) == 2 and "`buffer` holds" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == ""
+
+
 def test_a_run_shows_lines_and_a_table(capsys, tmp_path):
     assert main(["sae", "train", "dictionary", "-o", str(tmp_path / "run"), *SMALL]) == 0
     found = capsys.readouterr()
