@@ -5,11 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
-CLAIMS := merging_tradeoff negation_analogy merging_with_data reasoning_vectors forgetting echo_chamber reft \
-	masked_thought_vs_sft no_signal sec_curriculum cosine_length sft_then_grpo \
-	tuning_contribution entity_tracking wrapper_study conjugate_prompting cot_faithfulness \
-	upscaling unir_transfer three_spaces new_in_my_data transfer_q \
-	half_tuning lift_masks sparse_deltas sparse_grpo corda_modes sara
+CLAIMS = $(filter-out smollm2_%,$(notdir $(basename $(shell grep -l -e --fast experiments/*.py))))
 
 .PHONY: help install models test lint types notebooks demo bench claims clean
 
@@ -52,7 +48,7 @@ bench: install    ## speed and memory against peers and floors (minutes; quiet m
 	$(BIN)/python experiments/benchmarks/tuning.py
 	$(BIN)/python experiments/benchmarks/sae.py   # --peers: another environment
 
-claims: install   ## every experiment on the tiny family, from training to picture (three hours); ONLY=name for one
+claims: install   ## every experiment on the tiny family, from training to picture (hours); ONLY=name for one
 	for name in $(or $(ONLY),$(CLAIMS)); do $(BIN)/python experiments/$$name.py || exit 1; done
 
 clean:            ## what tools leave behind, the environment excepted

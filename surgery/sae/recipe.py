@@ -60,7 +60,7 @@ class OneDictionary(Part):
 
 
 class Evaluation(Part):
-    """On sequences that are never trained on; of tasks, and of several data mixed, rows drawn by another seed."""
+    """On sequences that are never trained on (of tasks: rows of another seed)."""
 
     sequences: int = Field(64, ge=0, description="so many (0: none)")
     loss: bool = Field(True, description="what the model loses when reconstructions stand in")

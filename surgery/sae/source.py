@@ -19,6 +19,7 @@ from surgery.sae.recipe import Recipe, rule_of, settings_of
 from surgery.sae.text import Counted, Text, counted, text_rows
 from surgery.sae.train import Entry
 from surgery.training import distributed
+from surgery.training.data import part_of
 from surgery.training.plan import HELD_OUT
 from surgery.training.recipe import as_words
 
@@ -44,7 +45,8 @@ class Source:
 
     def __init__(self, recipe: Recipe, models: list[Any], tokenizer: Any, world: distributed.World) -> None:
         self.recipe, self.models, self.tokenizer, self.world = recipe, models, tokenizer, world
-        self.text = Text(text_rows(recipe.data, recipe.folder, recipe.seed), tokenizer, recipe.reading, recipe.seed)
+        rows = part_of(text_rows(recipe.data, recipe.folder, recipe.seed), recipe.reading.held_out, rest=True)
+        self.text = Text(rows, tokenizer, recipe.reading, recipe.seed)
         self.stream = self._stream(self.text)
         self.shuffled = Shuffled(self.stream, size=recipe.buffer, batch=recipe.rows, seed=recipe.seed)
         self.done = 0
@@ -115,11 +117,12 @@ class Source:
         return {key: words[key] for key in ("data", "reading", "cache_rows", "difference", "precision", "seed")}
 
     def held_out(self) -> list[Counted]:
-        """Text that is never trained on: of tasks without end, rows of another seed."""
+        """Text that is never trained on: of tasks, which have no end, rows of another seed."""
         if self._held is None:
             recipe, text = self.recipe, self.text
             if text.rows.size == math.inf:
-                rows = text_rows(recipe.data, recipe.folder, recipe.seed + HELD_OUT)
+                others = text_rows(recipe.data, recipe.folder, recipe.seed + HELD_OUT)
+                rows = part_of(others, recipe.reading.held_out, rest=False)
                 text = Text(rows, self.tokenizer, recipe.reading, recipe.seed)
             self._held = text.held_out(recipe.evaluate.sequences)
         return self._held

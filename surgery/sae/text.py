@@ -45,7 +45,8 @@ class Reading(Part):
     skip: int = Field(1, ge=0, description="first tokens of a sequence that do not count: activations there are sinks")
     longest: float = Field(10.0, ge=0, description="rows so many times as long as the median are sinks too (0: none)")
     chat: bool = Field(False, description="prompts go into the chat template")
-    held_out: int = Field(20, ge=2, description="every so many sequences one is kept for evaluation")
+    held_out: int = Field(20, ge=2, description="every so many sequences one is kept for evaluation; of several "
+                          "data mixed, so many rows of each")  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@
 
 Resa (arXiv:2506.09967) has texts laid end to end in sequences of 2,048 tokens (`reading: {packing: true, context:
 2048}`), one in a batch, a learning rate of 1e-6, and texts whose thinking is the answer alone (`answer_only`).
+`reading.positions` are the tokens that dictionaries read and labels are learned at; a teacher is followed at all.
 """
 
 from __future__ import annotations

@@ -26,12 +26,12 @@ from typing import Any
 
 from surgery.errors import SurgeryError
 from surgery.sae import formats
-from surgery.sae.activations import Shuffled, Stream, real_tokens
+from surgery.sae.activations import Shuffled, Stream
 from surgery.sae.dictionary import Dictionary
 from surgery.sae.metrics import measure
 from surgery.sae.recipe import rule_of
 from surgery.sae.source import opened
-from surgery.sae.text import Text, text_rows
+from surgery.sae.text import Text, counted, text_rows
 from surgery.sae.train import Entry, Settings, fit
 from surgery.sae.tune import tune
 from surgery.sae.tune_arms import ARMS, Bench, check_shapes, shuffled_source
@@ -219,7 +219,7 @@ class Lab:
     def run(self, arm: str, choice: tuple[str, float], seed: int, part: str) -> list[float]:
         """The scores of one run on a part of the rows: trained, or as it was kept."""
         site, lr = choice
-        name = f"{part}-{arm}-seed{seed}" + (f"-{site}" if ARMS[arm].site else "") + f"-{lr:g}"
+        name = f"{part}-{arm}-seed{seed}" + (f"-{site}" if ARMS[arm].site else "") + f"-{lr!r}"
         known = self.runs.known(name)
         if known is not None:
             return known
@@ -288,8 +288,7 @@ class Lab:
         entries = {site: Entry(site, dictionary, learning) for site, dictionary in start.items()}
         if settings.steps:
             text = self.text(self.recipe.trigger or self.recipe.data, reading.batch, seed)
-            stream = Stream(model, self.recipe.sites, text, keep=real_tokens(reading.skip),
-                            longest=reading.longest)  # fmt: skip
+            stream = Stream(model, self.recipe.sites, text, keep=counted, longest=reading.longest)
             rows = Shuffled(stream, size=settings.buffer, batch=settings.rows, seed=seed)
             fit(entries, rows, steps=settings.steps)
         return {site: entry.dictionary.requires_grad_(False) for site, entry in entries.items()}
@@ -299,8 +298,9 @@ class Lab:
         needs = {"source": {"source", "random", "noise", "source_teacher", "labels"}, "target": {"own"},
                  "shuffled": {"shuffled"}}  # fmt: skip
         seed, found = self.recipe.seeds[0], {}
-        text = self.text(self.recipe.data, self.recipe.reading.batch, seed)
-        stream = Stream(self.target, self.recipe.sites, islice(text, MEASURED), keep=real_tokens(1))
+        reading = self.recipe.reading
+        text = islice(self.text(self.recipe.data, reading.batch, seed), MEASURED)
+        stream = Stream(self.target, self.recipe.sites, text, keep=counted, longest=reading.longest)
         rows = list(stream)
         for whose in (w for w, arms in needs.items() if arms & set(self.recipe.arms)):
             for site, dictionary in self.dictionaries(whose, seed).items():

@@ -104,7 +104,9 @@ class TransformedRows:
 
 
 class MixedRows:
-    """Several data sets: each index belongs to one of them, drawn by share; inside, rows are taken in order."""
+    """Several data sets: an index belongs to one of them, drawn by share, and to its row of that number, or of files to
+    one that is drawn.
+    """
 
     size = math.inf
 
@@ -117,6 +119,34 @@ class MixedRows:
         rng = Random(f"{self.seed}/mix/{index}")
         part = rng.choices(self.parts, self.shares)[0]
         return part.row(index if part.size == math.inf else rng.randrange(int(part.size)))
+
+
+class PartOfRows:
+    """Of rows of known number every so manieth, or with `rest` all the others."""
+
+    def __init__(self, rows: Rows, every: int, rest: bool) -> None:
+        self.rows, self.every, self.rest, self.columns = rows, every, rest, rows.columns
+        taken = int(rows.size) // every
+        self.size: float = rows.size - taken if rest else taken
+
+    def row(self, index: int) -> Row:
+        """Row `index` of the part."""
+        return self.rows.row(index + index // (self.every - 1) if self.rest else (index + 1) * self.every - 1)
+
+
+def part_of(rows: Rows, every: int, rest: bool) -> Rows:
+    """Of several data mixed every so manieth row of each file, or the `rest`; other data are given back as they are.
+
+    Raises `SurgeryError` where nothing is left.
+    """
+    if not isinstance(rows, MixedRows):
+        return rows
+    cut = [part if part.size == math.inf else PartOfRows(part, every, rest) for part in rows.parts]
+    there = [(part, share) for part, share in zip(cut, rows.shares, strict=True) if part.size]
+    if not there:
+        raise SurgeryError(f"All data of the mixture have fewer than {every} rows: none is left to evaluate on.",
+                           hint="Give more rows, or keep out more of them.")  # fmt: skip
+    return MixedRows([part for part, _ in there], [share for _, share in there], rows.seed)
 
 
 def rows_of(written: Any, seed: int = 0) -> Rows:

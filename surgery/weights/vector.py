@@ -53,7 +53,9 @@ class TaskVector:
     # Where vectors come from
 
     @classmethod
-    def between(cls, base: Source | str | Path, tuned: Source | str | Path, *, missing: str = "error") -> TaskVector:
+    def between(
+        cls, base: Source | nn.Module | str | Path, tuned: Source | nn.Module | str | Path, *, missing: str = "error"
+    ) -> TaskVector:
         """tuned - base. Integer buffers must be equal and are left out; a tied head is the embedding (sources.py).
 
         `missing="skip"` leaves out tensors that only one of them has. Raises `SurgeryError` for tensors that are
@@ -295,7 +297,7 @@ class TaskVector:
         return TaskVector(Restricted(self.expression, shapes, note))
 
 
-def _open(source: Source | str | Path) -> Source:
+def _open(source: Source | nn.Module | str | Path) -> Source:
     if isinstance(source, (str, Path)):
         return open_model(source)
     if hasattr(source, "state_dict"):

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import warnings
+from itertools import islice
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from surgery.sae.formats import load
 from surgery.sae.recipe import load as load_recipe
 from surgery.sae.recipe import make, packaged, settings_of
 from surgery.sae.run import train
+from surgery.sae.source import Source, opened
 from surgery.sae.text import Text
+from surgery.training.distributed import World
 
 ONE = {
     "model": "tiny-base", "data": "chain", "steps": 12, "rows": 64, "buffer": 256,
@@ -63,6 +66,22 @@ def stopped(words, out, at, **more):
 
     with pytest.raises(KeyboardInterrupt):
         run(words, out, on_step=on_step, **more)
+
+
+def test_of_mixed_files_nothing_that_is_held_out_is_trained_on(tmp_path):
+    for name in "ab":
+        rows = [{"text": f"{name} {i} " + chr(97 + i) * 6} for i in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ONE | {"data": [{"file": "a.jsonl"}, {"file": "b.jsonl"}],
+                   "reading": {"packing": False, "batch": 8, "held_out": 4}}  # fmt: skip
+    models, tokenizer = opened(["tiny-base"])
+    source = Source(make(words, tmp_path), models, tokenizer, World())
+
+    def rows_of(batches):
+        return {tuple(ids[mask].tolist()) for batch in batches for ids, mask in zip(batch.ids, batch.mask, strict=True)}
+
+    trained, held = rows_of(islice(source.text, 100)), rows_of(source.held_out())
+    assert len(trained) == 30 and held and not trained & held
 
 
 def test_a_run_leaves_its_dictionaries_and_what_they_are_worth(tmp_path, monkeypatch):

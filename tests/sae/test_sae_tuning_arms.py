@@ -208,6 +208,22 @@ def test_a_dictionary_that_is_there_can_be_the_start(models, tmp_path):
     assert 0 < float((trained.decoder - found.decoder).abs().max()) < 0.01
 
 
+def test_dictionaries_read_the_tokens_that_count(models, monkeypatch):
+    seen = []
+
+    def fit(entries, rows, steps):
+        seen.append(next(iter(rows.stream))["resid_post.2"])
+
+    monkeypatch.setattr("surgery.sae.tune_run.fit", fit)
+    for positions in ("all", "completion"):
+        words = WORDS | {"reading": WORDS["reading"] | {"positions": positions}}
+        lab = Lab(make(words), Runs(None), *models, {"test": []}, Scored())
+        lab.dictionaries("target", 0)
+        batch = next(iter(lab.text({"task": "direct"}, 8, 0)))
+        assert len(seen[-1]) == int(batch.counts.sum())
+    assert len(seen[1]) < len(seen[0])
+
+
 def test_what_is_recovered():
     found = Outcome([1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0], {"a": {0: [1, 1, 0, 0], 1: [0, 0, 0, 0]}}, {})
     assert found.accuracy("a") == [0.5, 0.0] and found.recovered("a") == [0.5, -0.5]

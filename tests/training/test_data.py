@@ -10,7 +10,16 @@ from surgery.errors import SurgeryError
 from surgery.models import prompt_ids
 from surgery.tasks import TASKS, verify
 from surgery.training.batch import Batch
-from surgery.training.data import ListRows, completion_ids, demonstrations, pairs, rows_of, transformed
+from surgery.training.data import (
+    ListRows,
+    MixedRows,
+    completion_ids,
+    demonstrations,
+    pairs,
+    part_of,
+    rows_of,
+    transformed,
+)
 from surgery.training.objectives import SFT
 from surgery.training.plan import plan
 from surgery.training.policy import Policy
@@ -51,6 +60,23 @@ def test_the_loss_is_the_cross_entropy_of_the_completion_alone():
         total += torch.nn.functional.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
         count += len(completion)
     assert found == pytest.approx(float(total.detach()) / count, rel=1e-12)
+
+
+def test_of_a_mixture_rows_of_files_can_be_kept_apart():
+    lists = [ListRows([{"text": f"{name}{i}"} for i in range(n)]) for name, n in (("a", 10), ("b", 7), ("c", 2))]
+    mixed = MixedRows(lists, [1.0, 1.0, 0.1], 0)
+    rest, taken = (part_of(mixed, 3, rest) for rest in (True, False))
+    for part, numbers in ((0, [2, 5, 8]), (1, [2, 5])):
+        assert [row["text"][1:] for row in map(taken.parts[part].row, range(len(numbers)))] == list(map(str, numbers))
+        assert taken.parts[part].size == len(numbers)
+        others = [int(rest.parts[part].row(i)["text"][1:]) for i in range(int(rest.parts[part].size))]
+        assert sorted(others + numbers) == list(range(len(lists[part].rows)))
+    assert len(taken.parts) == 2 and taken.shares == [1.0, 1.0], "of two rows none is taken"
+    drawn = [{part.row(i)["text"] for i in range(500)} for part in (rest, taken)]
+    assert len(drawn[0]) == 14 and len(drawn[1]) == 5 and not drawn[0] & drawn[1]
+    assert part_of(lists[0], 3, True) is lists[0]
+    with pytest.raises(SurgeryError, match="fewer than 20 rows"):
+        part_of(mixed, 20, rest=False)
 
 
 def test_prompt_and_completion_are_tokenised_apart():
