@@ -13,14 +13,14 @@
 
 Resa (arXiv:2506.09967) has texts laid end to end in sequences of 2,048 tokens (`reading: {packing: true, context:
 2048}`), one in a batch, a learning rate of 1e-6, and texts whose thinking is the answer alone (`answer_only`).
-`reading.positions` are the tokens that dictionaries read and labels are learned at; a teacher is followed at all.
+Labels are learned at `reading.positions`, a teacher is followed at all tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -47,6 +47,7 @@ class Stage(Part):
     rule: Any = Field(default_factory=lambda: {"topk": {"k": 32}}, description="as of any dictionary")
     start: Path | None = Field(None, description="folder of a dictionary that all begin as")
     steps: int = Field(1000, ge=0, description="of the optimizer (0, with a start: as it is)")
+    positions: Literal["all", "completion", "last"] = Field("all", description="tokens that it reads")
     rows: int = Field(1024, ge=1, description="activations in one step")
     buffer: int = Field(16_384, ge=1, description="activations that a step's are drawn from")
     lr: float = Field(1e-3, ge=0)

@@ -239,7 +239,7 @@ class Lab:
             return self.target
         words = self.recipe.tuning
         found = tune(
-            copy.deepcopy(self.target), setup.dictionary, site, self.text(self.recipe.data, words.rows, seed),
+            copy.deepcopy(self.target), setup.dictionary, site, self.text(self.recipe.data, seed, batch=words.rows),
             teacher=setup.teacher, labels=setup.labels, gradient=words.gradient, adapter=words.adapter, lr=lr,
             steps=words.steps, clip=words.clip, seed=seed, gradient_checkpointing=words.gradient_checkpointing,
             keep=True,
@@ -250,11 +250,11 @@ class Lab:
             export(found, keep)
         return found.merge_and_unload()
 
-    def text(self, data: Any, rows: int, seed: int) -> Text:
-        """Batches of so many sequences, none of them of a row that is evaluated."""
+    def text(self, data: Any, seed: int, **reading: Any) -> Text:
+        """Batches of sequences, none of them of a row that is evaluated; `reading` goes before the recipe's."""
         asked = {str(row["prompt"]) for part in self.rows.values() for row in part}
         found = apart(text_rows(data, self.recipe.folder, seed), asked)
-        return Text(found, self.tokenizer, self.recipe.reading.model_copy(update={"batch": rows}), seed)
+        return Text(found, self.tokenizer, self.recipe.reading.model_copy(update=reading), seed)
 
     def dictionaries(self, whose: str, seed: int) -> dict[str, Dictionary]:
         """By site, of "source", "target" or "shuffled": stage one."""
@@ -271,7 +271,7 @@ class Lab:
         return self._made[whose, seed]
 
     def _fitted(self, whose: str, seed: int) -> dict[str, Dictionary]:
-        settings, reading = self.recipe.dictionary, self.recipe.reading
+        settings = self.recipe.dictionary
         model = {"source": lambda: self.source, "target": lambda: self.target,
                  "shuffled": lambda: shuffled_source(self.target, self.source, seed)}[whose]()  # fmt: skip
         if settings.start is None:
@@ -287,8 +287,9 @@ class Lab:
         )  # fmt: skip
         entries = {site: Entry(site, dictionary, learning) for site, dictionary in start.items()}
         if settings.steps:
-            text = self.text(self.recipe.trigger or self.recipe.data, reading.batch, seed)
-            stream = Stream(model, self.recipe.sites, text, keep=counted, longest=reading.longest)
+            text = self.text(self.recipe.trigger or self.recipe.data, seed, positions=settings.positions)
+            stream = Stream(model, self.recipe.sites, text, keep=counted,
+                            longest=self.recipe.reading.longest)  # fmt: skip
             rows = Shuffled(stream, size=settings.buffer, batch=settings.rows, seed=seed)
             fit(entries, rows, steps=settings.steps)
         return {site: entry.dictionary.requires_grad_(False) for site, entry in entries.items()}
@@ -298,9 +299,8 @@ class Lab:
         needs = {"source": {"source", "random", "noise", "source_teacher", "labels"}, "target": {"own"},
                  "shuffled": {"shuffled"}}  # fmt: skip
         seed, found = self.recipe.seeds[0], {}
-        reading = self.recipe.reading
-        text = islice(self.text(self.recipe.data, reading.batch, seed), MEASURED)
-        stream = Stream(self.target, self.recipe.sites, text, keep=counted, longest=reading.longest)
+        text = islice(self.text(self.recipe.data, seed, positions=self.recipe.dictionary.positions), MEASURED)
+        stream = Stream(self.target, self.recipe.sites, text, keep=counted, longest=self.recipe.reading.longest)
         rows = list(stream)
         for whose in (w for w, arms in needs.items() if arms & set(self.recipe.arms)):
             for site, dictionary in self.dictionaries(whose, seed).items():

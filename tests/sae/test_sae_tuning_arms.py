@@ -131,7 +131,7 @@ def test_what_is_asked_is_in_no_text(models):
 def test_arms_meet_the_same_texts(models):
     target, source, tokenizer = models
     lab = Lab(make(WORDS), Runs(None), target, source, tokenizer, {"test": []}, Scored())
-    first = [next(iter(lab.text({"task": "direct"}, 4, seed))).ids for seed in (0, 0, 1)]
+    first = [next(iter(lab.text({"task": "direct"}, seed, batch=4))).ids for seed in (0, 0, 1)]
     assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
 
 
@@ -216,10 +216,10 @@ def test_dictionaries_read_the_tokens_that_count(models, monkeypatch):
 
     monkeypatch.setattr("surgery.sae.tune_run.fit", fit)
     for positions in ("all", "completion"):
-        words = WORDS | {"reading": WORDS["reading"] | {"positions": positions}}
+        words = WORDS | {"dictionary": WORDS["dictionary"] | {"positions": positions}}
         lab = Lab(make(words), Runs(None), *models, {"test": []}, Scored())
         lab.dictionaries("target", 0)
-        batch = next(iter(lab.text({"task": "direct"}, 8, 0)))
+        batch = next(iter(lab.text({"task": "direct"}, 0, positions=positions)))
         assert len(seen[-1]) == int(batch.counts.sum())
     assert len(seen[1]) < len(seen[0])
 
