@@ -62,7 +62,7 @@ from surgery.sae.cache import write as keep_activations
 from surgery.sae.dictionary import Dictionary
 from surgery.sae.metrics import Quality, measure
 from surgery.sae.rules import BatchTopK, Standard, TopK
-from surgery.sae.spliced import Loss, loss_recovered
+from surgery.sae.spliced import losses_recovered
 from surgery.sae.train import Entry, Settings, fit
 from surgery.tasks import TASKS, Example, gsm8k
 
@@ -145,7 +145,7 @@ def real() -> Setting:
     tuned, _ = load(cached(RECIPES["gsm8k"]), dtype="float32")
     texts = {"GSM8K": answered(tokenizer, learned, True), "plays": cut(tokenizer, plays[:end], [160] * 350)}
     held = answered(tokenizer, asked, True)
-    prefix = len(os.path.commonprefix([*texts["GSM8K"], *held]))  # type: ignore[type-var]
+    prefix = len(os.path.commonprefix([*texts["GSM8K"], *held]))
     held_out = {"GSM8K": held, "plays": cut(tokenizer, plays[end:], [len(ids) - prefix + 1 for ids in held])}
     return Setting(base, tuned, tokenizer, "resid_post.14", texts, held_out, prefix, 2048, 32, 400, 1024, 6)
 
@@ -220,18 +220,11 @@ def directions(rows: Tensor, latents: int, k: int) -> Dictionary:
 
 
 def losses(one: Setting, dictionaries: Mapping[str, Dictionary]) -> dict[str, dict[str, dict[str, Any]]]:
-    """By dictionary and ablation; the mean's is run once, since only its own loss is another."""
+    """By dictionary and ablation."""
     texts = [ids for each in one.held_out.values() for ids in each[: one.spliced]]
     stream = one.stream([one.base], texts)
-    found: dict[str, dict[str, Loss]] = {}
-    ablated: Loss | None = None
-    for name, dictionary in dictionaries.items():
-        (zero,) = loss_recovered(stream, dictionary)
-        if ablated is None:
-            (ablated,) = loss_recovered(stream, dictionary, ablation="mean")
-        mean = replace(zero, ablation="mean", ce_ablated=ablated.ce_ablated, kl_ablated=ablated.kl_ablated)
-        found[name] = {"zero": zero, "mean": mean}
-    return {name: {how: loss.to_dict() for how, loss in each.items()} for name, each in found.items()}
+    found = losses_recovered(stream, dictionaries)
+    return {name: {how: loss.to_dict() for how, (loss,) in each.items()} for name, each in found.items()}
 
 
 # ---- what a fine-tuning changed

@@ -263,10 +263,10 @@ def measure(
     told: dict[str, Any] = about.get("reading") or {}
     reading = checked(Reading, told | ({"context": context} if context else {}))
     text = Text(text_rows(yaml.safe_load(data), Path(".")), tokenizer, reading)
-    found = measured(loaded, networks, text.first(sequences), place, target, difference=bool(about.get("difference")),
-                     tokenizer=tokenizer, longest=reading.longest)  # fmt: skip
-    result = {"dictionary": str(dictionary), "models": list(named), "site": place} | _plain(found.to_dict())
-    frame.result(result, quality_table({dictionary.name: found}))
+    found = measured({dictionary.name: loaded}, networks, text.first(sequences), place, target, tokenizer=tokenizer,
+                     difference=bool(about.get("difference")), longest=reading.longest)  # fmt: skip
+    result = {"dictionary": str(dictionary), "models": list(named), "site": place}
+    frame.result(result | _plain(found[dictionary.name].to_dict()), quality_table(found))
 
 
 @command(app, "convert")

@@ -1,23 +1,22 @@
-"""A dictionary on held-out text: what it rebuilds (metrics.py), and what the models lose with it (spliced.py)."""
+"""Dictionaries on held-out text: what they rebuild (metrics.py), and what the models lose with them (spliced.py)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from surgery.sae.activations import Stream
 from surgery.sae.dictionary import Dictionary
 from surgery.sae.metrics import Quality, measure
-from surgery.sae.spliced import Loss, loss_recovered
+from surgery.sae.spliced import Loss, losses_recovered
 from surgery.sae.text import counted
-
-ABLATIONS = ("zero", "mean")
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A dictionary on held-out text: what it rebuilds, and what the model loses with it."""
+    """Dictionaries on held-out text: what it rebuilds, and what the model loses with it."""
 
     quality: Quality
     losses: dict[str, list[Loss]]
@@ -31,7 +30,7 @@ class Measured:
 
 
 def measured(
-    dictionary: Dictionary,
+    dictionaries: Mapping[str, Dictionary],
     models: list[Any],
     batches: list[Any],
     site: str,
@@ -42,17 +41,18 @@ def measured(
     tokenizer: Any = None,
     keep: Any = counted,
     longest: float = 0.0,
-) -> Measured:
-    """A dictionary on text: `measure`, and with `loss` what each model loses, by both ablations."""
+) -> dict[str, Measured]:
+    """Dictionaries of one place on text, by name: `measure`, and with `loss` what each model loses, by both ablations.
+
+    The models read the text for all of them together (`losses_recovered`).
+    """
     sites = list(dict.fromkeys([site, target or site]))
-    rows = list(Stream(models, sites, batches, keep, tokenizer, difference, longest))
+    stream = Stream(models, sites, batches, keep, tokenizer, difference, longest)
+    rows = list(stream)
     targets = None if target is None else [each[target] for each in rows]
-    quality = measure(dictionary, [each[site] for each in rows], targets)
-    losses = {}
-    if loss:
-        both = Stream(models, sites, batches, keep, tokenizer, difference, longest)
-        losses = {how: loss_recovered(both, dictionary, site, target, ablation=how) for how in ABLATIONS}
-    return Measured(quality, losses)
+    quality = {name: measure(one, [each[site] for each in rows], targets) for name, one in dictionaries.items()}
+    losses = losses_recovered(stream, dictionaries, site, target) if loss else {name: {} for name in dictionaries}
+    return {name: Measured(quality[name], losses[name]) for name in dictionaries}
 
 
 def plain(value: Any) -> Any:

@@ -124,7 +124,7 @@ def train(
                 kept.save(fitting, source)
 
         fitting.run(source.batches(), note)
-        quality = {name: source.measured(entry) for name, entry in entries.items()} if recipe.evaluate.sequences else {}
+        quality = source.measured(entries) if recipe.evaluate.sequences else {}
         dictionaries = {name: entry.dictionary for name, entry in entries.items()}
         if folder is not None and world.main:
             _written(folder, recipe, source, dictionaries, quality)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -127,12 +127,18 @@ class Source:
             self._held = text.held_out(recipe.evaluate.sequences)
         return self._held
 
-    def measured(self, entry: Entry) -> Measured:
-        """One dictionary on held-out text; every process does all of it."""
-        return measured(
-            entry.dictionary, self.models, self.held_out(), entry.site, entry.target, difference=self.recipe.difference,
-            loss=self.recipe.evaluate.loss, tokenizer=self.tokenizer, longest=self.recipe.reading.longest,
-        )  # fmt: skip
+    def measured(self, entries: Mapping[str, Entry]) -> dict[str, Measured]:
+        """Dictionaries on held-out text, those of one place together; every process does all of it."""
+        places: dict[tuple[str, str | None], dict[str, Dictionary]] = {}
+        for name, entry in entries.items():
+            places.setdefault((entry.site, entry.target), {})[name] = entry.dictionary
+        found: dict[str, Measured] = {}
+        for place, dictionaries in places.items():
+            found |= measured(
+                dictionaries, self.models, self.held_out(), *place, difference=self.recipe.difference,
+                loss=self.recipe.evaluate.loss, tokenizer=self.tokenizer, longest=self.recipe.reading.longest,
+            )  # fmt: skip
+        return {name: found[name] for name in entries}
 
     def metadata(self, name: str) -> dict[str, Any]:
         """What a dictionary's file says of where it belongs."""

@@ -10,7 +10,8 @@ and so is what counts as recovered. Both are given. Tokens that do not count (th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from surgery.errors import SurgeryError
 from surgery.models import Batch, as_batch, untouched
 from surgery.sae.activations import Rows, Stream, without_sinks
 from surgery.sae.dictionary import Dictionary
+
+ABLATIONS = ("zero", "mean")
 
 
 @dataclass(frozen=True)
@@ -70,25 +73,44 @@ def loss_recovered(
     one `Loss`, of that one. `ablation="mean"` takes the mean of what is rebuilt over the stream's tokens, which is read
     twice then. Raises `SurgeryError` for streams without a prediction to score.
     """
+    return losses_recovered(stream, {"": dictionary}, site, target, ablations=(ablation,))[""][ablation]
+
+
+def losses_recovered(
+    stream: Stream,
+    dictionaries: Mapping[str, Dictionary],
+    site: str | None = None,
+    target: str | None = None,
+    *,
+    ablations: Sequence[str] = ABLATIONS,
+) -> dict[str, dict[str, list[Loss]]]:
+    """The same of several dictionaries at one place, by name and ablation.
+
+    However many they are, a model is run once as it is and once for each ablation; each dictionary adds its own pass.
+    """
     site = site or stream.names[0]
     target = target or site
-    sums: dict[int, _Sums] = {}
-    if ablation not in ("zero", "mean"):
-        raise SurgeryError(f"There is no ablation '{ablation}'.", hint="zero, or mean.")
+    for ablation in ablations:
+        if ablation not in ABLATIONS:
+            raise SurgeryError(f"There is no ablation '{ablation}'.", hint="zero, or mean.")
     sites = list(dict.fromkeys([site, target]))
-    mean = _mean(stream, sites, target) if ablation == "mean" else None
+    mean = _mean(stream, sites, target) if "mean" in ablations else []
+    sums = {which: _Sums() for which in ([1] if stream.difference else range(len(stream.models)))}
     for batch, kept, rows in _read(stream, sites):
         scored = kept & _followed(batch)
         if not bool(scored.any()):
             continue
         with torch.no_grad():
-            parts = _parts(stream, dictionary, rows[site], rows[target])
-        for which, output in parts.items():
-            nothing = torch.zeros_like(output) if mean is None else mean[which].expand_as(output)
-            sums.setdefault(which, _Sums()).add(stream.models[which], target, batch, kept, scored, (output, nothing))
-    if not sums:
+            parts = {name: _parts(stream, each, rows[site], rows[target]) for name, each in dictionaries.items()}
+        for which, own in sums.items():
+            there = rows[target].chunk(len(stream.models), dim=1)[which]
+            stand_ins = {("dictionary", name): outputs[which] for name, outputs in parts.items()}
+            for how in ablations:
+                stand_ins["ablation", how] = mean[which].expand_as(there) if how == "mean" else torch.zeros_like(there)
+            own.add(stream.models[which], target, batch, kept, scored, stand_ins)
+    if not all(own.tokens for own in sums.values()):
         raise SurgeryError("No token that counts is followed by another: there is no prediction to score.")
-    return [sums[which].loss(ablation) for which in sorted(sums)]
+    return {name: {how: [own.loss(name, how) for own in sums.values()] for how in ablations} for name in dictionaries}
 
 
 def _parts(stream: Stream, dictionary: Dictionary, x: Tensor, y: Tensor) -> dict[int, Tensor]:
@@ -135,20 +157,23 @@ def _followed(batch: Batch) -> Tensor:
 
 
 class _Sums:
-    """Sums over batches of one model."""
+    """Sums over batches of one model, by what stands in: ("dictionary", name) or ("ablation", name)."""
 
     def __init__(self) -> None:
-        self.tokens, self.ce, self.kl = 0, [0.0, 0.0, 0.0], [0.0, 0.0]
+        self.tokens, self.clean = 0, 0.0
+        self.ce: defaultdict[tuple[str, str], float] = defaultdict(float)
+        self.kl: defaultdict[tuple[str, str], float] = defaultdict(float)
 
     @torch.no_grad()
     def add(
-        self, model: Any, target: str, batch: Batch, kept: Tensor, scored: Tensor, stand_ins: tuple[Tensor, Tensor]
-    ) -> None:
+        self, model: Any, target: str, batch: Batch, kept: Tensor, scored: Tensor,
+        stand_ins: Mapping[tuple[str, str], Tensor],
+    ) -> None:  # fmt: skip
         """The model as it is, then with each of the stand-ins in the places of `kept`."""
         model = unwrapped(model)
-        right = batch.ids.roll(-1, 1)[scored].cpu()
+        right = batch.ids.roll(-1, 1)[scored].cpu()[:, None]
 
-        def log_probs(stand_in: Tensor | None) -> Tensor:
+        def log_probs(stand_in: Tensor | None = None) -> Tensor:
             def put(values: Tensor) -> Tensor:
                 changed = values.clone()
                 assert stand_in is not None
@@ -159,15 +184,16 @@ class _Sums:
                 logits = model(**batch.inputs(model), use_cache=False).logits
             return logits[scored.to(logits.device)].float().log_softmax(-1).cpu()
 
-        clean = log_probs(None)
+        clean = log_probs()
         self.tokens += len(right)
-        self.ce[0] -= float(clean.gather(1, right[:, None]).double().sum())
-        for i, stand_in in enumerate(stand_ins):
+        self.clean -= float(clean.gather(1, right).double().sum())
+        for key, stand_in in stand_ins.items():
             found = log_probs(stand_in)
-            self.ce[i + 1] -= float(found.gather(1, right[:, None]).double().sum())
-            self.kl[i] += float((clean.exp() * (clean - found)).double().sum())
+            self.ce[key] -= float(found.gather(1, right).double().sum())
+            self.kl[key] += float((clean.exp() * (clean - found)).double().sum())
 
-    def loss(self, ablation: str) -> Loss:
+    def loss(self, name: str, ablation: str) -> Loss:
         """The means."""
-        ce, kl = ([total / self.tokens for total in each] for each in (self.ce, self.kl))
-        return Loss(ablation, self.tokens, *ce, *kl)
+        both, n = (("dictionary", name), ("ablation", ablation)), self.tokens
+        ce, kl = ([sums[key] / n for key in both] for sums in (self.ce, self.kl))
+        return Loss(ablation, n, self.clean / n, *ce, *kl)

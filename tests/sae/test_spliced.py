@@ -9,7 +9,7 @@ from surgery.models import encode, load
 from surgery.sae.activations import Stream, real_tokens
 from surgery.sae.dictionary import Dictionary
 from surgery.sae.rules import TopK
-from surgery.sae.spliced import loss_recovered
+from surgery.sae.spliced import loss_recovered, losses_recovered
 
 TEXTS = ["m 6+9-9=6;", "r bad=dab", "m 5+5=1"]
 
@@ -56,6 +56,24 @@ def test_ce_and_kl_are_those_by_hand(pair, ablation):
     assert (found.kl_dictionary, found.kl_ablated) == pytest.approx(kl, rel=1e-4)
     assert found.ce_recovered == pytest.approx((ce_ablated - ce_dictionary) / (ce_ablated - ce), rel=1e-4)
     assert found.kl_recovered == pytest.approx(1 - kl[0] / kl[1], rel=1e-4)
+
+
+def test_several_dictionaries_are_read_together_and_come_to_the_same(pair):
+    base, tuned, batches = pair
+    passes = []
+    handle = base.model.layers[0].register_forward_hook(lambda *_: passes.append(1))
+    for difference in (False, True):
+        stream = Stream([base, tuned], "resid_post.1", batches, difference=difference, longest=5.0)
+        width = 96 if difference else 192
+        several = {str(seed): Dictionary(width, 200, TopK(k=8), seed=seed) for seed in range(3)} | {"zero": Exact()}
+        passes.clear()
+        found = losses_recovered(stream, several)
+        if not difference:  # the mean, what the dictionaries read, clean, two ablations and four dictionaries
+            assert len(passes) == 9 * len(batches)
+        for name, dictionary in several.items():
+            for ablation in ("zero", "mean"):
+                assert found[name][ablation] == loss_recovered(stream, dictionary, ablation=ablation)
+    handle.remove()
 
 
 class Exact(torch.nn.Module):
