@@ -128,7 +128,7 @@ def respond(
 
 
 def accuracy(
-    model: PreTrainedModel | Generator,
+    model: PreTrainedModel | Decoder | Generator,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     correct: Callable[[str, Example], bool],
@@ -152,7 +152,7 @@ def accuracy(
 
 
 def generate(
-    model: PreTrainedModel | Generator,
+    model: PreTrainedModel | Decoder | Generator,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
@@ -170,7 +170,7 @@ def generate(
 
 
 def evaluate_tasks(
-    model: PreTrainedModel | Generator | str | Path,
+    model: PreTrainedModel | Decoder | Generator | str | Path,
     tasks: Sequence[str | Task] = ("facts", "chain", "copy", "reverse", "sort"),
     n: int = 100,
     seed: int = 0,

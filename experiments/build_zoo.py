@@ -25,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from surgery.errors import SurgeryError
 from surgery.tasks import LETTERS, TASKS, Example, Task, make_task
@@ -37,7 +38,7 @@ NEW = ("shift", "descend", "unique", "swap", "rotate")
 BASE_SKILLS = ("facts", "chain", "copy", "reverse", "sort")
 assert set(LETTERS) <= set(CHARACTERS)
 
-LARGE = {
+LARGE: dict[str, Any] = {
     "hidden_size": 96,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
@@ -321,7 +322,7 @@ def _train(name: str, folder: Path, seed: int) -> None:
     for i, stage in enumerate(what.stages):
         # The stream of examples differs from member to member, whatever others are trained beside it.
         stream = int(hashlib.sha256(f"{seed}/{name}/{i}".encode()).hexdigest()[:8], 16)
-        words = {"objective": "grpo", "reward": "accuracy"} if stage.group else {"objective": "sft"}
+        words: dict[str, Any] = {"objective": "grpo", "reward": "accuracy"} if stage.group else {"objective": "sft"}
         if "recall" in stage.mix:
             words["objective"] = _boxes_alone()
         last = train(

@@ -89,7 +89,7 @@ def carried(steps: list[str], at: int, rng: Random) -> Corrupted:
     """Another digit as the result of step `at`, from which the rest is worked out: it leads to another answer."""
     found, result = list(steps), ""
     for i in range(at, len(steps)):
-        left, sign, right = steps[i][:3] if i == at else (result, *steps[i][1:3])
+        left, sign, right = steps[i][0] if i == at else result, steps[i][1], steps[i][2]
         true = (int(left) + int(right) if sign == "+" else int(left) - int(right)) % 10
         result = rng.choice([d for d in "0123456789" if d != str(true)]) if i == at else str(true)
         found[i] = f"{left}{sign}{right}={result};"
@@ -280,7 +280,7 @@ def main() -> None:
 def averaged(curves: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
     """The mean of curves over seeds, at the places that the first of them has."""
     places = list(curves[0][0])
-    return [places, np.mean([np.interp(places, *line) for line in curves], axis=0).tolist()]
+    return [places, np.mean([np.interp(places, kept, values) for kept, values in curves], axis=0).tolist()]
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ OURS, NOBODY = "tuned only", "nobody's"
 D, RATE, LOW, NOISE = 32, 0.03, 0.5, 0.05
 LATENTS, BATCH, STEPS, TEST = 128, 256, 2000, 16_384
 EQUAL_L0, EQUAL_FVU, BATCH_TOP_K, TWICE = ARMS = ("L1, equal L0", "L1, equal FVU", "BatchTopK", "BatchTopK, twice k")
-PENALTIES, RATES, SWEPT = (0.7, 1.0, 2.0, 4.0, 6.0), (3e-3, 1e-2), 60
+PENALTIES, SWEPT = (0.7, 1.0, 2.0, 4.0, 6.0), 60
+RATES: tuple[float, ...] = (3e-3, 1e-2)
 LOOKS, PASSES, SAME, ROWS, NEAR = 0.9, 0.2, 0.5, 20, 0.15
 
 

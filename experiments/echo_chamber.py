@@ -43,7 +43,7 @@ TERMS = [4, 6]
 PRETRAIN = {"steps": 150, "rows": 64, "lr": 5e-4}
 GRPO = {"steps": 40, "prompts": 16, "group": 8, "lr": 1e-4}
 TEST = {"prompts": 48, "samples": 64}
-KS = (1, 4, 16, 64)
+KS: tuple[int, ...] = (1, 4, 16, 64)
 BETAS = (0.9, 0.98)
 
 

@@ -40,7 +40,7 @@ from surgery.training import train
 
 SEQUENCE = ("chain", "swap", "long")
 TASKS.register("long")(replace(make_task("chain", terms=[7, 8]), name="long"))
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
     "GRPO": {"objective": "grpo", "reward": "accuracy", "lr": 1e-4},
     "SFT": {"objective": "sft", "lr": 3e-4},
     "SFT, GRPO's rate": {"objective": "sft", "lr": 1e-4},

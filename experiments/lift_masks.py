@@ -62,7 +62,8 @@ ARMS = (*MASKS, "full", "LoRA")
 LIFT, OTHERS = "LIFT, largest", ("magnitude, largest", "magnitude, smallest", "random")
 RATES: dict[str, tuple[float, ...]] = dict.fromkeys((*MASKS, "LoRA"), (3e-3, 6e-3, 1.2e-2))
 RATES["full"] = (3e-4, 6e-4, 1.2e-3)
-RANKS, SWEPT = (4, 8, 16, 32), (60,)
+RANKS: tuple[int, ...] = (4, 8, 16, 32)
+SWEPT = (60,)
 """LIFT's ranks, and the seed of the sweeps."""
 ENOUGH, EVERY, ROWS, STEPS, EQUAL = 0.75, 4, 32, 40, 0.05
 AFTERWARDS = {LIFT: 1.0, "random": 1.0, "full": 0.5, "LoRA": 0.5}

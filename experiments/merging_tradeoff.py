@@ -28,7 +28,7 @@ from analysis.plots import COLOURS, DASHES, MARKERS
 from surgery.weights.merge import merge_in_memory
 from surgery.zoo import TINY
 
-TASKS = ("chain", "shift", "descend", "unique", "swap", "rotate")
+TASKS: tuple[str, ...] = ("chain", "shift", "descend", "unique", "swap", "rotate")
 METHODS: dict[str, dict[str, Any]] = {
     "task arithmetic": {"method": "task_arithmetic"},
     "TIES": {"method": "ties", "density": 0.2},
@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "breadcrumbs by row": {"method": "breadcrumbs", "weight": 1.0, "density": 0.15, "top": 0.006, "scope": "row"},
 }
 """By row is the authors' code, by tensor mergekit's and our default."""
-SCALES = (0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
+SCALES: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 SIZES = {"validation": 64, "test": 128}
 
 
@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="few examples on the shipped family: shows that it runs")
     options = parser.parse_args()
     began = time.perf_counter()
+    tasks: tuple[str, ...]
     if options.fast:
         tasks, sizes, scales, workers, count = ("shift", "rotate"), {"validation": 8, "test": 16}, SCALES[4::3], 1, 1
         families = {0: TINY}

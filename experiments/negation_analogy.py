@@ -207,8 +207,8 @@ def picture(families: Sequence[dict], scales: Sequence[float], analogies: dict[s
         label = f"{a} : {b} = {c} : {d}".replace("_", " ")
         right.bar(places, means, width, hatch=HATCHES[i], color="white" if i else "0.7", edgecolor="black", label=label)
         if found["base"]["low"] is not None:
-            spread = [[max(0, m["mean"] - m["low"]) for m in map(found.get, names)],
-                      [max(0, m["high"] - m["mean"]) for m in map(found.get, names)]]  # fmt: skip
+            spread = [[max(0, found[n]["mean"] - found[n]["low"]) for n in names],
+                      [max(0, found[n]["high"] - found[n]["mean"]) for n in names]]  # fmt: skip
             right.errorbar(places, means, spread, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
     right.set_xticks(range(len(names)), ["base", "d of C", "d of B", "d of\nB + C", "d of\nC + (B - A)", "d of D"])
     right.set(ylim=(0, 1.4), ylabel="accuracy on D", title="Analogy")
@@ -256,6 +256,8 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="few examples on the shipped family: shows that it runs")
     options = parser.parse_args()
     began = time.perf_counter()
+    targets: tuple[str, ...]
+    scales: tuple[float, ...]
     if options.fast:
         targets, sizes, scales, controls, workers = ("chain",), {"validation": 8, "test": 16}, (0.0, 1.0), 1, 1
         # An analogy between a pair and itself gives D back: the arithmetic, checked.

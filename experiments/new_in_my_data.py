@@ -250,7 +250,7 @@ def picture(summary: Mapping[str, Any], curves: Mapping[str, Sequence[float]], r
     """Detection by setting and arm, coverage against texts, and contrast text by text of one seed."""
     figure = Figure(figsize=(11.5, 4.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1.2, 1.2])
-    names, place = [], 0
+    names, place = [], 0.0
     for which, found in summary.items():
         names.append((place, SAID[which].replace(", old", ",\nold")))
         for i, (name, one) in enumerate(found["arms"].items()):

@@ -38,7 +38,10 @@ from surgery.tasks import make_task
 from surgery.training import train
 from surgery.training.run import open_model
 
-TASKS = {"sums": {"task": "chain", "terms": 8}, "double": {"task": "double", "length": [3, 6]}}
+TASKS: dict[str, dict[str, Any]] = {
+    "sums": {"task": "chain", "terms": 8},
+    "double": {"task": "double", "length": [3, 6]},
+}
 LONGEST = {"sums": 52, "double": 16}
 ARMS = ("grpo", "relift", "relift, no bonus", "prefix_rft", "sft")
 SHOWN = {"grpo": "Dr.GRPO", "relift": "ReLIFT", "relift, no bonus": "ReLIFT without its entropy bonus",
@@ -85,7 +88,8 @@ class Rows:
 def run(task: str, arm: str, seed: int, steps: int, n: int, demonstrations: int = 0) -> dict[str, Any]:
     """One arm from tiny-base: its rewards by step, and accuracies on held-out questions and on old skills."""
     model, tokenizer = open_model("tiny-base")
-    shared = {"data": Rows(task, 100 + seed), "seed": 100 + seed, "optimizer": {"lr": LR, "shape": "constant"}}
+    shared: dict[str, Any] = {"data": Rows(task, 100 + seed), "seed": 100 + seed,
+                              "optimizer": {"lr": LR, "shape": "constant"}}  # fmt: skip
     if arm == "sft":
         rounds = max(1, demonstrations // BUFFER)
         done = train(model, tokenizer, objective="sft", steps=rounds, batch={"rows": BUFFER}, **shared)

@@ -25,7 +25,7 @@ from surgery.training import train
 from surgery.training.run import open_model
 
 TASK, ENOUGH, EVERY, ROWS = "shift", 0.9, 2, 32
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 SWEPT = (90, 91)
 """Seeds of the sweep."""
 EQUAL = 0.05

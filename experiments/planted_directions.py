@@ -59,7 +59,8 @@ FIXED: dict[str, dict[str, Any]] = {
     "jumprelu": {"threshold": 0.5, "bandwidth": 1.0, "warmup": 200},
     "matryoshka": {"widths": (LATENTS // 4, LATENTS // 2)},
 }
-RATES, SWEPT = (3e-3, 1e-2), 60
+RATES: tuple[float, ...] = (3e-3, 1e-2)
+SWEPT = 60
 """The learning rates, and the seed, of the sweeps."""
 TOLD = ("recall", "mmcs", "precision", "used", "fvu", "l0", "shrinkage")
 CONTROLS = ("as it starts", "Gaussian rows", "principal components")

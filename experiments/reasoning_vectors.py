@@ -52,7 +52,7 @@ SFT, GRPO = MEMBERS["sums-sft"].stages[0], MEMBERS["sums-grpo"].stages[0]
 
 def tune(model: Any, tokenizer: Any, stage: Stage, steps: int, seed: int) -> None:
     """One of the zoo's own recipes from another seed."""
-    words = {"objective": "grpo", "reward": "accuracy"} if stage.group else {"objective": "sft"}
+    words: dict[str, Any] = {"objective": "grpo", "reward": "accuracy"} if stage.group else {"objective": "sft"}
     train(
         model, tokenizer, data=FamilyRows(stage, seed), steps=steps, batch={"rows": stage.batch},
         rollouts={"prompts": stage.batch, "group": stage.group or 1, "max_new_tokens": 48},
@@ -119,7 +119,7 @@ def summarised(before: Mapping[str, dict], pairs: Mapping[int, dict]) -> dict[st
     def against(ours: str, theirs: str, names: Sequence[str]) -> dict[str, Any]:
         return compare(sums(ours, names), sums(theirs, names)).to_dict()
 
-    table = {
+    table: dict[str, dict[str, Any]] = {
         name: {
             arm: {
                 "sums": mean_interval([float(found["sums"].mean) for found in rows[arm][name].values()]),

@@ -52,7 +52,7 @@ def trained(kind: str, seed: int, settings: Mapping[str, Any], test: int) -> dic
     """The warm-up and both ways on: which test sums come right, and how PPO went."""
     model, tokenizer = base()
     rows, terms = asked(kind, settings["questions"], seed), KINDS[kind]["terms"]
-    sft = {"objective": "sft", "data": rows, "batch": {"rows": settings["rows"]}}
+    sft: dict[str, Any] = {"objective": "sft", "data": rows, "batch": {"rows": settings["rows"]}}
     adam = {"lr": settings["sft_lr"], **ADAM}
     train(model, tokenizer, seed=seed, steps=min(KINDS[kind]["warmup"], settings["updates"]),
           optimizer={**adam, "shape": "constant"}, **sft)  # fmt: skip

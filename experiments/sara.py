@@ -42,7 +42,7 @@ from surgery.tuning import select
 from surgery.tuning.nuclear import nuclear_norm
 
 DENSITY, STEPS = 0.15, 40
-SMALL = {"density": DENSITY, "scope": "global"}
+SMALL: dict[str, Any] = {"density": DENSITY, "scope": "global"}
 ARMS: dict[str, dict[str, Any]] = {
     "smallest": {"sara": SMALL},
     "largest": {"magnitude": SMALL},
@@ -52,7 +52,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "nuclear 1e-2": {"sara": {**SMALL, "nuclear": 1e-2}},
     "SaRA": {"sara": {**SMALL, "refresh": STEPS // 2, "nuclear": 5e-4}},
 }
-RATES = (4e-4, 6e-4, 1e-3)
+RATES: tuple[float, ...] = (4e-4, 6e-4, 1e-3)
 NUCLEAR = ("nuclear 5e-4", "nuclear 1e-2")
 
 

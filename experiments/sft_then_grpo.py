@@ -88,8 +88,8 @@ def ask(model: Any, tokenizer: Any, n: int) -> dict[str, Any]:
         "lengths": each,
         "all lengths": float(lengths.mean()),
         "greedy": float(greedy.mean),
-        "greedy length": float(np.mean([len(t) for t, v in zip(greedy.columns["completion"], greedy.values, strict=True)
-                                        if v] or [np.nan])),
+        "greedy length": float(np.mean([float(len(t)) for t, v in zip(greedy.columns["completion"], greedy.values,
+                                                                      strict=True) if v] or [np.nan])),
         "skills": float(np.mean([part.mean for part in skills.by("task").values()])),
         "text": drawn.columns["completion"][0][0],
     }  # fmt: skip

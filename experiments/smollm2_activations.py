@@ -176,7 +176,7 @@ def swept(model: Any, prompts: Prompts) -> dict[str, Any]:
         effects = patch(model, prompts.clean, prompts.corrupt, metric, **words)
         seconds = time.process_time() - began
         middle, few = len(effects.axes["layer"]) // 2, 3
-        part = {"positions": places[:few]} if site == "resid_pre" else {"parts": list(range(few))}
+        part: dict[str, Any] = {"positions": places[:few]} if site == "resid_pre" else {"parts": list(range(few))}
         began = time.process_time()
         whole = patch(model, prompts.clean, prompts.corrupt, metric, site=site, layers=[middle], reuse=False, **part)
         each = (time.process_time() - began) / (whole.mean.size + 2)  # and the two runs that are not changed
@@ -222,7 +222,7 @@ def differs(ours: np.ndarray, theirs: np.ndarray, resamples: int = 2000) -> tupl
 def alike(found: Mapping[str, Any]) -> dict[str, float]:
     """Correlation of both models' recovery over all cells, by site."""
     both = found["base"], found["tuned"]
-    return {site: float(np.corrcoef(*(np.ravel(one[site]["recovery"]) for one in both))[0, 1]) for site in SITES}
+    return {site: float(np.corrcoef([np.ravel(one[site]["recovery"]) for one in both])[0, 1]) for site in SITES}
 
 
 def summarised(

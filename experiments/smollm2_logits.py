@@ -274,7 +274,7 @@ def summarised(found: Mapping[str, Any]) -> dict[str, Any]:
             theirs = found["weights"][key][name] if beta else base
             sweep[key] = {"logits": span(ours[key]), "weights": span(theirs),
                           "difference": over(ours[key], theirs)}  # fmt: skip
-    peaks = {}
+    peaks: dict[str, dict[str, Any]] = {}
     for name in names:
         best = max((b for b in BETAS if b > 1), key=lambda b: sweep[f"{name} {b:g}"]["logits"]["mean"])
         peaks[name] = {"beta": best, "over 1": over(*(found["logits"][name][f"{name} {b:g}"] for b in (best, 1.0)))}

@@ -126,7 +126,7 @@ def trained(settings: Settings, words: Mapping[str, Any], start: Path, out: Path
     note = out / "stage.json"
     if not note.exists():
         if not (out / "model").exists():
-            common = {"chat": settings.chat, "precision": settings.precision, "seed": seed}
+            common: dict[str, Any] = {"chat": settings.chat, "precision": settings.precision, "seed": seed}
             train(str(start), out=out, resume=True, on_step=progress(out.name), **common, **words)
         # the peak of this process: of this stage and those before it
         note.write_text(json.dumps({"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))

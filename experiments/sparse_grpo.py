@@ -79,10 +79,11 @@ def tuning(arm: str, seed: int) -> Any:
     if method in ("full", "LoRA"):
         return None if method == "full" else {"lora": {**LORA[density], "seed": seed}}
     model, _, total = start()
-    words: dict[str, Any] = {
+    methods: dict[str, dict[str, Any]] = {
         "LIFT": {"method": "lift", "rank": 8}, "random": {"method": "random", "seed": seed},
         "largest": {"method": "magnitude"}, "sibling": {"method": "delta", "sibling": "tiny-sums-grpo"},
-    }[method]  # fmt: skip
+    }  # fmt: skip
+    words = methods[method]
     return select(model, words.pop("method"), count=round(density * total), **words)
 
 
@@ -90,7 +91,7 @@ def trained(arm: str, seed: int, rate: float, settings: Mapping[str, Any], objec
     """A run of an arm, after which nothing outside its mask has moved."""
     base, tokenizer, _ = start()
     chosen, rows = tuning(arm, seed), settings["prompts"] * settings["group"]
-    words = {"objective": "grpo", "reward": "accuracy"} if objective == "grpo" else {"objective": "sft"}
+    words: dict[str, Any] = {"objective": "grpo", "reward": "accuracy"} if objective == "grpo" else {"objective": "sft"}
     run = train(
         copy.deepcopy(base), tokenizer, data={"task": "chain", "terms": TERMS}, seed=seed, steps=settings["steps"],
         tuning=chosen, batch={"rows": rows},

@@ -229,7 +229,7 @@ def summarised(runs: Sequence[Mapping[str, Any]], alphas: Sequence[float]) -> di
             for space in SPACES
         }
         ours = ("logits", "weights")
-        one = {
+        one: dict[str, Any] = {
             "curves": curves,
             "at half": {key: minus(kind, ours, half, key) for key in ("target", "skills")},
             "at 1.5": {key: minus(kind, ours, last, key) for key in ("target", "skills")},

@@ -64,9 +64,9 @@ PREFIX = 4
 FIRST = 8
 """New tokens in which a first step, of six, ends."""
 SEARCH = {"drawn": 32, "rounds": 1, "tries": 16}
-FULL = {"steps": 60, "prompts": 128, "search": SEARCH, "alphas": ALPHAS, "room": ROOM}
-FAST = {"steps": 4, "prompts": 8, "search": {"drawn": 4, "rounds": 1, "tries": 2}, "alphas": (0.0, 0.5, 1.5),
-        "room": (-0.5, 0.1)}  # fmt: skip
+FULL: dict[str, Any] = {"steps": 60, "prompts": 128, "search": SEARCH, "alphas": ALPHAS, "room": ROOM}
+FAST: dict[str, Any] = {"steps": 4, "prompts": 8, "search": {"drawn": 4, "rounds": 1, "tries": 2},
+                        "alphas": (0.0, 0.5, 1.5), "room": (-0.5, 0.1)}  # fmt: skip
 FREE = [c for c in CHARACTERS if len(c) == 1]
 CONTRASTS = {
     "sums over other tasks": ("sums", "other tasks"),

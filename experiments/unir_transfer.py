@@ -76,7 +76,7 @@ def larger_base(folder: Path, settings: Mapping[str, Any]) -> Path:
     from transformers import LlamaForCausalLM
 
     (small, tokenizer), shape = load(BASE), {"hidden_size": 128, "num_hidden_layers": 6, "intermediate_size": 344}
-    config = copy.deepcopy(small.config)
+    config: Any = copy.deepcopy(small.config)
     for name, value in {**LARGE, **shape, "head_dim": 32}.items():
         setattr(config, name, value)
     torch.manual_seed(0)

@@ -235,7 +235,8 @@ def studied(seed: int, folder: str, settings: Mapping[str, Any]) -> dict[str, An
 def compared(folder: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """tiny-base and the control, as they are."""
     test, found = drawn(settings["test"], 99), {}
-    for name, place in {"base": zoo.get("tiny-base"), "never sorted": folder}.items():
+    places: dict[str, str | Path] = {"base": zoo.get("tiny-base"), "never sorted": folder}
+    for name, place in places.items():
         model, tokenizer = open_model(place)
         found[name] = {**readable(model, tokenizer, settings["probe"]), **answers(model, tokenizer, test)}
     return found

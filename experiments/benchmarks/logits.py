@@ -111,7 +111,7 @@ def single(subject: Case, rows: int, new: int, rounds: int) -> Row:
 def three(subject: Case, rows: int, new: int, rounds: int) -> Row:
     """Three members against the sum of their own decoding, and the share of combining."""
     ids, sampling = ids_of(subject, rows, PROMPT), greedy(new, rows)
-    arms = {"three": partial(generate, subject.ensemble, ids, sampling=sampling)}
+    arms: dict[str, Callable[[], Any]] = {"three": partial(generate, subject.ensemble, ids, sampling=sampling)}
     arms |= {one.base.name: partial(generate, one, ids, sampling=sampling) for one in subject.three}
     seconds = in_turn(arms, rounds)
     with combining() as spent:
@@ -132,9 +132,9 @@ def combining() -> Iterator[list[float]]:
     spent: list[float] = []
     scores = Ensemble._scores
 
-    def timed(*args: Any) -> Any:
+    def timed(*args: Any, **words: Any) -> Any:
         began = time.process_time()
-        found = scores(*args)
+        found = scores(*args, **words)
         spent.append(time.process_time() - began)
         return found
 

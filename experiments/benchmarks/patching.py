@@ -152,7 +152,7 @@ def sweep_row(subject: Subject, case: Case, rounds: int, cells: int | None) -> d
         for name, (run, model) in arms.items():
             if cells is None:
                 run(model, *data, cells=[(0, 0)])  # first calls compile and allocate
-                took, tables[name] = timed(lambda run=run, model=model: run(model, *data))
+                took, tables[name] = timed(partial(run, model, *data))
             elif not turn:
                 took = peers.timed(run, model, *data, measure=cells).total
                 if name in COMPARED:
@@ -242,7 +242,7 @@ def _values(
 ) -> Tensor:
     """Some cells of ours: the mean metric, as the peers have it."""
     layers, columns = (sorted(set(numbers)) for numbers in zip(*cells, strict=True))
-    some = {"positions": columns} if site == "resid_pre" else {"parts": columns}
+    some: dict[str, Any] = {"positions": columns} if site == "resid_pre" else {"parts": columns}
     found = patch(model, clean, corrupt, logit_diff(answers), site, layers=layers, **some)
     before = sum(found.columns["corrupt"]) / len(clean)
     table = torch.tensor(found.values.mean(0) + before)
@@ -270,13 +270,14 @@ def padded(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
                 return logit_diff(answers).of_logits(model(**batch.inputs(model)).logits, batch.last)
 
         whole = plain(batches[1], answers)
-        for site, options in (("resid_pre", {"positions": [5, 11, -1]}), ("z", {}), ("k", {})):
-            together = patch(subject.model, *batches, logit_diff(answers), site, **options).values
+        sites: dict[str, dict[str, Any]] = {"resid_pre": {"positions": [5, 11, -1]}, "z": {}, "k": {}}
+        for site, options in sites.items():
+            together = patch(subject.model, batches[0], batches[1], logit_diff(answers), site, **options).values
             apart = rounding = 0.0
             for row, length in enumerate(lengths):
                 one = [ids[row : row + 1, :length] for ids in (clean, corrupt)]
                 own = answers[row : row + 1]
-                alone = patch(subject.model, *one, logit_diff(own), site, **options).values[0]
+                alone = patch(subject.model, one[0], one[1], logit_diff(own), site, **options).values[0]
                 apart = max(apart, float(abs(alone - together[row]).max()))
                 rounding = max(rounding, _apart(plain(Batch.of(one[1]), own), whole[row : row + 1]))
             scale = float(abs(together).max())

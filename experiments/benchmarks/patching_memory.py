@@ -85,7 +85,7 @@ def sweep_case(site: str, budget: int, size: tuple[int, int] = SWEPT, **smaller:
 
     model = peers.gpt2(**{"n_layer": 6, "n_embd": 256, "n_head": 8, "vocab_size": 1000, **smaller})
     clean, corrupt, answers = peers.pairs(1000, *size)
-    options = {"positions": [5, 6]} if site == "resid_pre" else {}
+    options: dict[str, Any] = {"positions": [5, 6]} if site == "resid_pre" else {}
 
     def work(rows: int) -> Iterable[Tensor]:
         metric = logit_diff(answers[:rows])
@@ -114,4 +114,4 @@ def _status(what: str) -> float:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     kind, *what = sys.argv[1:]
-    print(json.dumps(capture_case(*what) if kind == "capture" else sweep_case(what[0], int(what[1]))))
+    print(json.dumps(capture_case(what[0]) if kind == "capture" else sweep_case(what[0], int(what[1]))))

@@ -32,18 +32,20 @@ COMPONENTS = ("z", "q", "k", "v")
 def gpt2(**smaller: int) -> transformers.GPT2LMHeadModel:
     """A random model of the size of GPT-2 small; `smaller` is for toys (n_layer, n_embd, n_head, vocab_size)."""
     torch.manual_seed(0)
-    config = transformers.GPT2Config(**smaller, attn_implementation="sdpa")
+    shape: dict[str, Any] = {"attn_implementation": "sdpa"}
+    config = transformers.GPT2Config(**(shape | smaller))
     return transformers.GPT2LMHeadModel(config).eval().requires_grad_(False)
 
 
 def llama(**smaller: int) -> transformers.LlamaForCausalLM:
     """A random Llama with grouped heads (8 layers of width 512); matrices times 3, so that heads differ in effect."""
     torch.manual_seed(0)
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
         "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1024,
+        "tie_word_embeddings": False, "attn_implementation": "sdpa",
     }  # fmt: skip
-    config = transformers.LlamaConfig(**(shape | smaller), tie_word_embeddings=False, attn_implementation="sdpa")
+    config = transformers.LlamaConfig(**(shape | smaller))
     model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() > 1:

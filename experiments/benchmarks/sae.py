@@ -116,7 +116,7 @@ def steps(
                 seconds[arm].append(took)
     per_s = rate(square)
     floor = 2 * rows[0] * rows[1] * latents / per_s
-    each = {
+    each: dict[str, Row] = {
         arm: {"seconds": statistics.median(took), "rows_per_s": rows[0] / statistics.median(took),
               "slower": ratio(took, seconds[OURS])}
         for arm, took in seconds.items()

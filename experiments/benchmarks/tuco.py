@@ -66,9 +66,11 @@ def gpt2() -> Any:
 
 def llama() -> Any:
     """A random small Llama with grouped queries."""
-    sizes = {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1376, "max_position_embeddings": 1024}
-    heads = {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, tie_word_embeddings=False))
+    config = transformers.LlamaConfig(
+        vocab_size=32000, hidden_size=512, intermediate_size=1376, max_position_embeddings=1024,
+        num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
 
 
 def pair_of(make: Callable[[], Any]) -> tuple[Any, Any]:
