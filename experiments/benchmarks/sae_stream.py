@@ -25,7 +25,7 @@ from surgery.sae.train import Entry, Settings, fit
 Row = dict[str, Any]
 MODELS: dict[str, dict[str, Any]] = {
     "tiny-base": {"layer": 2, "shape": (64, 64), "latents": 2048, "k": 16, "reads": 4, "rounds": (11, 5)},
-    "smollm2": {"layer": 15, "shape": (4, 128), "latents": 4608, "k": 32, "reads": 1, "rounds": (7, 3)},
+    "smollm2": {"layer": 15, "shape": (4, 128), "latents": 4608, "k": 32, "reads": 1, "rounds": (7, 7)},
 }
 STEPS = 16
 """Of a fit: as many batches as the scale of activations is estimated on."""
