@@ -108,11 +108,15 @@ def _watched(recipe: Recipe, folder: Path, resume: bool) -> tuple[Run, list[str]
 def _planned(recipe: Recipe, folder: Path, resume: bool) -> dict[str, Any]:
     """What would run, and its memory, from configs alone. Raises `SurgeryError` for models and sites that are not."""
     from surgery.anatomy import Anatomy
-    from surgery.sae.text import text_rows
+    from surgery.sae.text import check, text_rows
+    from surgery.training.data import kept_out
 
     if None in recipe.models:
         raise SurgeryError("The recipe names no model.", hint="Add --model MODEL, for example --model tiny-base.")
     rows = text_rows(recipe.data, recipe.folder, recipe.seed)
+    check(rows, recipe.reading)
+    if recipe.evaluate.sequences:
+        kept_out(rows, rows, recipe.reading.held_out)
     networks = [planned_run.empty(name) for name in recipe.models]
     anatomy, *others = [Anatomy(network) for network in networks]
     for each in (anatomy, *others):

@@ -133,12 +133,12 @@ def planned(words: Recipe) -> dict[str, Any]:
     from surgery.anatomy import Site, num_layers
     from surgery.sae.text import text_rows
     from surgery.sae.tune_arms import ARMS
+    from surgery.sae.tune_run import check_texts
     from surgery.tuning.decomposed import lora_size
 
-    for data in (words.data, words.evaluate.data):
-        if data is not None:
-            text_rows(data, words.folder)
-
+    check_texts(words)
+    if words.evaluate.data is not None:
+        text_rows(words.evaluate.data, words.folder)
     target, source = planned_run.empty(words.target), planned_run.empty(words.source)
     shapes = [tuple(m.get_input_embeddings().weight.shape) for m in (target, source)]
     if shapes[0] != shapes[1]:

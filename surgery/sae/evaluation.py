@@ -16,7 +16,7 @@ from surgery.sae.text import counted
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Dictionaries on held-out text: what it rebuilds, and what the model loses with it."""
+    """A dictionary on held-out text: what it rebuilds, and what the model loses with it."""
 
     quality: Quality
     losses: dict[str, list[Loss]]

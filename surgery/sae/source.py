@@ -19,7 +19,7 @@ from surgery.sae.recipe import Recipe, rule_of, settings_of
 from surgery.sae.text import Counted, Text, counted, text_rows
 from surgery.sae.train import Entry
 from surgery.training import distributed
-from surgery.training.data import part_of
+from surgery.training.data import kept_out, trained_on
 from surgery.training.plan import HELD_OUT
 from surgery.training.recipe import as_words
 
@@ -45,7 +45,7 @@ class Source:
 
     def __init__(self, recipe: Recipe, models: list[Any], tokenizer: Any, world: distributed.World) -> None:
         self.recipe, self.models, self.tokenizer, self.world = recipe, models, tokenizer, world
-        rows = part_of(text_rows(recipe.data, recipe.folder, recipe.seed), recipe.reading.held_out, rest=True)
+        rows = trained_on(text_rows(recipe.data, recipe.folder, recipe.seed), recipe.reading.held_out)
         self.text = Text(rows, tokenizer, recipe.reading, recipe.seed)
         self.stream = self._stream(self.text)
         self.shuffled = Shuffled(self.stream, size=recipe.buffer, batch=recipe.rows, seed=recipe.seed)
@@ -121,8 +121,8 @@ class Source:
         if self._held is None:
             recipe, text = self.recipe, self.text
             if text.rows.size == math.inf:
-                others = text_rows(recipe.data, recipe.folder, recipe.seed + HELD_OUT)
-                rows = part_of(others, recipe.reading.held_out, rest=False)
+                mine, others = (text_rows(recipe.data, recipe.folder, recipe.seed + more) for more in (0, HELD_OUT))
+                rows = kept_out(mine, others, recipe.reading.held_out)
                 text = Text(rows, self.tokenizer, recipe.reading, recipe.seed)
             self._held = text.held_out(recipe.evaluate.sequences)
         return self._held

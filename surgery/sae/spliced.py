@@ -82,7 +82,7 @@ def losses_recovered(
     site: str | None = None,
     target: str | None = None,
     *,
-    ablations: Sequence[str] = ABLATIONS,
+    ablations: Sequence[str] | str = ABLATIONS,
 ) -> dict[str, dict[str, list[Loss]]]:
     """The same of several dictionaries at one place, by name and ablation.
 
@@ -90,6 +90,7 @@ def losses_recovered(
     """
     site = site or stream.names[0]
     target = target or site
+    ablations = (ablations,) if isinstance(ablations, str) else ablations
     for ablation in ablations:
         if ablation not in ABLATIONS:
             raise SurgeryError(f"There is no ablation '{ablation}'.", hint="zero, or mean.")

@@ -45,8 +45,8 @@ class Reading(Part):
     skip: int = Field(1, ge=0, description="first tokens of a sequence that do not count: activations there are sinks")
     longest: float = Field(10.0, ge=0, description="rows so many times as long as the median are sinks too (0: none)")
     chat: bool = Field(False, description="prompts go into the chat template")
-    held_out: int = Field(20, ge=2, description="every so many sequences one is kept for evaluation; of several "
-                          "data mixed, so many rows of each")  # fmt: skip
+    held_out: int = Field(20, ge=2, description="of every so many sequences one is kept for evaluation; of several "
+                          "data mixed, of every so many rows of a file")  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,13 +74,7 @@ class Text:
     def __init__(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, reading: Reading, seed: int = 0) -> None:
         self.rows, self.tokenizer, self.reading, self.seed = rows, tokenizer, reading, seed
         self.columns = ("text",) if "text" in rows.columns else ("prompt", "completion")
-        if not {self.columns[0]} <= rows.columns:
-            raise SurgeryError("The data have neither a column 'text' nor a column 'prompt'.",
-                               hint=f"Columns: {', '.join(sorted(rows.columns))}.")  # fmt: skip
-        if reading.positions == "completion" and not {"prompt", "completion"} <= rows.columns:
-            raise SurgeryError("`positions: completion` needs data with prompts and completions.")
-        if reading.positions == "last" and reading.packing:
-            raise SurgeryError("`positions: last` is of texts that are read one by one.", hint="Set packing: false.")
+        check(rows, reading)
         self._known: list[Sequenced] | None = None
 
     def __iter__(self) -> Iterator[Counted]:
@@ -178,6 +172,17 @@ class Text:
             last = torch.tensor([len(tokens) - 1 for tokens, _ in group])
             counts &= torch.arange(width) == last[:, None]
         return Counted(ids, mask, counts)
+
+
+def check(rows: Rows, reading: Reading) -> None:
+    """Raises `SurgeryError` for rows that can't be read like this, whatever is in them."""
+    if not {"text", "prompt"} & rows.columns:
+        raise SurgeryError("The data have neither a column 'text' nor a column 'prompt'.",
+                           hint=f"Columns: {', '.join(sorted(rows.columns))}.")  # fmt: skip
+    if reading.positions == "completion" and not {"prompt", "completion"} <= rows.columns:
+        raise SurgeryError("`positions: completion` needs data with prompts and completions.")
+    if reading.positions == "last" and reading.packing:
+        raise SurgeryError("`positions: last` is of texts that are read one by one.", hint="Set packing: false.")
 
 
 def text_rows(written: Any, folder: Any, seed: int = 0) -> Rows:

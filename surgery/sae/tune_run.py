@@ -32,6 +32,7 @@ from surgery.sae.metrics import measure
 from surgery.sae.recipe import rule_of
 from surgery.sae.source import opened
 from surgery.sae.text import Text, counted, text_rows
+from surgery.sae.text import check as check_rows
 from surgery.sae.train import Entry, Settings, fit
 from surgery.sae.tune import tune
 from surgery.sae.tune_arms import ARMS, Bench, check_shapes, shuffled_source
@@ -81,6 +82,16 @@ class Outcome:
                 "sweep": self.sweep, "dictionaries": self.dictionaries}  # fmt: skip
 
 
+def check_texts(recipe: Recipe) -> None:
+    """Raises `SurgeryError` for texts that are not there, or can't be read as the recipe says."""
+    dictionary = recipe.reading.model_copy(update={"positions": recipe.dictionary.positions})
+    for data, readings in ((recipe.data, (recipe.reading, dictionary)), (recipe.trigger, (dictionary,))):
+        if data is not None:
+            rows = text_rows(data, recipe.folder)
+            for reading in readings:
+                check_rows(rows, reading)
+
+
 def run(
     recipe: Recipe,
     score: Score,
@@ -96,6 +107,7 @@ def run(
     gone on with, and `force` begins anew. Raises `SurgeryError` in a sentence for whatever is wrong.
     """
     check(recipe)
+    check_texts(recipe)
     out = out or recipe.output
     runs = Runs(None if out is None else Path(out))
     runs.check(recipe, force)

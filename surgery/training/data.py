@@ -122,11 +122,12 @@ class MixedRows:
 
 
 class PartOfRows:
-    """Of rows of known number every so manieth, or with `rest` all the others."""
+    """Of rows of known number the last of every so many, or with `rest` all the others."""
 
     def __init__(self, rows: Rows, every: int, rest: bool) -> None:
-        self.rows, self.every, self.rest, self.columns = rows, every, rest, rows.columns
-        taken = int(rows.size) // every
+        self.rows, self.rest, self.columns = rows, rest, rows.columns
+        self.every = max(2, min(every, int(rows.size)))  # of few rows one
+        taken = int(rows.size) // self.every
         self.size: float = rows.size - taken if rest else taken
 
     def row(self, index: int) -> Row:
@@ -134,19 +135,30 @@ class PartOfRows:
         return self.rows.row(index + index // (self.every - 1) if self.rest else (index + 1) * self.every - 1)
 
 
-def part_of(rows: Rows, every: int, rest: bool) -> Rows:
-    """Of several data mixed every so manieth row of each file, or the `rest`; other data are given back as they are.
-
-    Raises `SurgeryError` where nothing is left.
-    """
+def trained_on(rows: Rows, every: int) -> Rows:
+    """Of several data mixed all but every so manieth row of a file, at least one; other data are given back."""
     if not isinstance(rows, MixedRows):
         return rows
-    cut = [part if part.size == math.inf else PartOfRows(part, every, rest) for part in rows.parts]
+    parts = [part if part.size == math.inf else PartOfRows(part, every, rest=True) for part in rows.parts]
+    return MixedRows(parts, rows.shares, rows.seed)
+
+
+def kept_out(rows: Rows, others: Rows, every: int) -> Rows:
+    """What `trained_on` leaves out of `rows`. What has no end has rows of another seed instead: those of `others`.
+
+    A file of a single row is trained on, and never kept out. Raises `SurgeryError` where nothing else is mixed.
+    """
+    if not (isinstance(rows, MixedRows) and isinstance(others, MixedRows)):
+        return others
+    pairs = zip(rows.parts, others.parts, strict=True)
+    cut = [other if part.size == math.inf else PartOfRows(part, every, rest=False) for part, other in pairs]
     there = [(part, share) for part, share in zip(cut, rows.shares, strict=True) if part.size]
     if not there:
-        raise SurgeryError(f"All data of the mixture have fewer than {every} rows: none is left to evaluate on.",
-                           hint="Give more rows, or keep out more of them.")  # fmt: skip
-    return MixedRows([part for part, _ in there], [share for _, share in there], rows.seed)
+        raise SurgeryError("Each of the mixed data is a single row: none is left to evaluate on.",
+                           hint="Give more rows.")  # fmt: skip
+    found = MixedRows([part for part, _ in there], [share for _, share in there], others.seed)
+    found.columns = rows.columns
+    return found
 
 
 def rows_of(written: Any, seed: int = 0) -> Rows:

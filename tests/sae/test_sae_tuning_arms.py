@@ -224,6 +224,20 @@ def test_dictionaries_read_the_tokens_that_count(models, monkeypatch):
     assert len(seen[1]) < len(seen[0])
 
 
+def test_texts_are_looked_at_before_anything_runs(models, tmp_path):
+    (tmp_path / "plain.jsonl").write_text('{"text": "1+1=2"}\n' * 30)
+    own = WORDS["dictionary"] | {"positions": "completion"}
+    for words, told in (
+        ({"dictionary": own, "trigger": {"file": "plain.jsonl"}}, "needs data with prompts and completions"),
+        ({"dictionary": own, "data": {"file": "plain.jsonl"}, "reading": {"positions": "all"}}, "needs data with"),
+        ({"dictionary": own | {"positions": "last"}, "reading": {"packing": True}}, "read one by one"),
+        ({"trigger": {"file": "nothere.jsonl"}}, "nothere.jsonl"),
+    ):
+        with pytest.raises(SurgeryError, match=told):
+            run(make(WORDS | words, tmp_path), Scored(), out=tmp_path / "run", models=models)
+        assert not (tmp_path / "run").exists()
+
+
 def test_what_is_recovered():
     found = Outcome([1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0], {"a": {0: [1, 1, 0, 0], 1: [0, 0, 0, 0]}}, {})
     assert found.accuracy("a") == [0.5, 0.0] and found.recovered("a") == [0.5, -0.5]

@@ -113,6 +113,8 @@ def test_what_has_no_prediction_is_told(pair):
     base, _, batches = pair
     with pytest.raises(SurgeryError, match="no prediction to score"):
         loss_recovered(Stream(base, "resid_post.1", batches, real_tokens(99)), Exact())
+    alone = losses_recovered(Stream(base, "resid_post.1", batches), {"one": Exact()}, ablations="zero")
+    assert list(alone["one"]) == ["zero"]
     with pytest.raises(SurgeryError, match="no ablation 'nought'"):
         loss_recovered(Stream(base, "resid_post.1", batches), Exact(), ablation="nought")
 

@@ -15,9 +15,10 @@ from surgery.training.data import (
     MixedRows,
     completion_ids,
     demonstrations,
+    kept_out,
     pairs,
-    part_of,
     rows_of,
+    trained_on,
     transformed,
 )
 from surgery.training.objectives import SFT
@@ -62,21 +63,31 @@ def test_the_loss_is_the_cross_entropy_of_the_completion_alone():
     assert found == pytest.approx(float(total.detach()) / count, rel=1e-12)
 
 
-def test_of_a_mixture_rows_of_files_can_be_kept_apart():
+def test_of_a_mixture_rows_of_files_can_be_kept_out():
     lists = [ListRows([{"text": f"{name}{i}"} for i in range(n)]) for name, n in (("a", 10), ("b", 7), ("c", 2))]
-    mixed = MixedRows(lists, [1.0, 1.0, 0.1], 0)
-    rest, taken = (part_of(mixed, 3, rest) for rest in (True, False))
-    for part, numbers in ((0, [2, 5, 8]), (1, [2, 5])):
+    lists.append(ListRows([{"text": "d0", "prompt": "x"}]))
+    mixed, other = MixedRows(lists, [1.0, 1.0, 0.3, 0.3], 0), MixedRows(lists, [1.0, 1.0, 0.3, 0.3], 1)
+    rest, taken = trained_on(mixed, 3), kept_out(mixed, other, 3)
+    for part, numbers in ((0, [2, 5, 8]), (1, [2, 5]), (2, [1])):
         assert [row["text"][1:] for row in map(taken.parts[part].row, range(len(numbers)))] == list(map(str, numbers))
         assert taken.parts[part].size == len(numbers)
         others = [int(rest.parts[part].row(i)["text"][1:]) for i in range(int(rest.parts[part].size))]
         assert sorted(others + numbers) == list(range(len(lists[part].rows)))
-    assert len(taken.parts) == 2 and taken.shares == [1.0, 1.0], "of two rows none is taken"
+    assert len(taken.parts) == 3 and taken.shares == [1.0, 1.0, 0.3] and taken.seed == 1, "of one row none is taken"
+    assert taken.columns == rest.columns == {"text"}
     drawn = [{part.row(i)["text"] for i in range(500)} for part in (rest, taken)]
-    assert len(drawn[0]) == 14 and len(drawn[1]) == 5 and not drawn[0] & drawn[1]
-    assert part_of(lists[0], 3, True) is lists[0]
-    with pytest.raises(SurgeryError, match="fewer than 20 rows"):
-        part_of(mixed, 20, rest=False)
+    assert len(drawn[0]) == 14 and len(drawn[1]) == 6 and not drawn[0] & drawn[1]
+    assert trained_on(lists[0], 3) is lists[0] and kept_out(lists[0], lists[1], 3) is lists[1]
+    with pytest.raises(SurgeryError, match="single row: none is left"):
+        kept_out(*[MixedRows(lists[3:], [1.0], 0)] * 2, 20)
+
+
+def test_what_has_no_end_is_of_another_seed_where_it_is_kept_out():
+    words = [{"task": "chain"}, {"task": "copy"}]
+    mine, others = rows_of(words, 0), rows_of(words, 1)
+    found = kept_out(mine, others, 3)
+    assert [found.row(i) for i in range(9)] == [others.row(i) for i in range(9)]
+    assert [trained_on(mine, 3).row(i) for i in range(9)] == [mine.row(i) for i in range(9)]
 
 
 def test_prompt_and_completion_are_tokenised_apart():
