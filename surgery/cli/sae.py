@@ -191,11 +191,11 @@ def _tell(recipe: Recipe, run: Run, folder: Path, warnings: list[str], took: flo
     frame.result(told, done, *shown, *(f"{what}: {path}" for what, path in files.items()))
 
 
-def quality_table(found: dict[str, Measured]) -> Table:
+def quality_table(found: dict[str, Measured], title: str = "On held-out text") -> Table:
     """One row a dictionary."""
     from rich.table import Table
 
-    table = Table(title="On held-out text", title_justify="left",
+    table = Table(title=title, title_justify="left",
                   caption="CE and KL recovered: with zeros (or the mean) in place of the activations as 0, the model "
                           "as it is as 1; of several models the least.")  # fmt: skip
     table.add_column("dictionary")
@@ -270,7 +270,7 @@ def measure(
     found = measured({dictionary.name: loaded}, networks, text.first(sequences), place, target, tokenizer=tokenizer,
                      difference=bool(about.get("difference")), longest=reading.longest)  # fmt: skip
     result = {"dictionary": str(dictionary), "models": list(named), "site": place}
-    frame.result(result | _plain(found[dictionary.name].to_dict()), quality_table(found))
+    frame.result(result | _plain(found[dictionary.name].to_dict()), quality_table(found, f"On {data}"))
 
 
 @command(app, "convert")

@@ -42,7 +42,8 @@ def test_train_says_what_the_dictionaries_are_worth(trained, capsys):
     assert found["l0"] > 0 and len(found["with mean ablation"]) == 2
     assert main(["sae", "measure", str(trained / "dictionaries" / "middle"), "--data", "chain", "--context", "32",
                  "--sequences", "4"]) == 0  # fmt: skip
-    assert "CE recovered" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "CE recovered" in shown and "On chain" in shown
 
 
 def test_plan_runs_nothing(capsys, tmp_path):
