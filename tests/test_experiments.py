@@ -12,6 +12,7 @@ README = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
 
 TABLES = {
     "merging_tradeoff": lambda module, report: module.markdown(report["summary"]),
+    "merging_with_data": lambda module, report: module.markdown(report["results"]),
     "negation_analogy": lambda module, report: module.markdown(report["summary"]),
     "smollm2_merges": lambda module, report: module.markdown(report["scores"]),
 }
@@ -77,6 +78,16 @@ def negation(report):
     assert row["vector"]["likelihood"][-1] < row["vector"]["likelihood"][0], "the other way round, less likely"
 
 
+def with_data(report):
+    """Each fine-tuning does its own task, every way to merge was scored, and the soup is not another than itself."""
+    results = report["results"]
+    for name in ("chain", "rotate", "shift"):
+        assert results[f"tuned on {name}"]["accuracy"][name] > 0.9 > 0.5 > results["base"]["accuracy"][name]
+    assert {line["sees"] for line in results.values()} == {"nothing", "texts", "inputs", "held-out score"}
+    assert results["uniform soup"]["against_uniform"] == {"difference": 0.0, "p_value": 1.0}
+    assert results["RegMean 0.9"]["tasks"] > results["uniform soup"]["tasks"] > results["base"]["tasks"]
+
+
 def real(report):
     """The vectors came back bit for bit, nothing was warned of, and the merged models write text."""
     assert all(v["restored_exactly"] for v in report["vectors"].values())
@@ -87,4 +98,5 @@ def real(report):
     assert merged > base
 
 
-CHECKS = {"merging_tradeoff": tradeoff, "negation_analogy": negation, "smollm2_merges": real}
+CHECKS = {"merging_tradeoff": tradeoff, "merging_with_data": with_data, "negation_analogy": negation,
+          "smollm2_merges": real}  # fmt: skip
